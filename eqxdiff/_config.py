@@ -1,0 +1,100 @@
+"""Strict reading of the checkpoints' own JSON configs into frozen dataclasses."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from ._errors import ConfigError
+
+
+T = TypeVar("T")
+
+
+def parse_config(
+    cls: type[T],
+    fields: Mapping[str, Any],
+    *,
+    name: str,
+    supported: Mapping[str, Collection[Any]] = types.MappingProxyType({}),
+    ignored: Collection[str] = (),
+) -> T:
+    """Reads a JSON object into the frozen dataclass `cls`, leaving nothing unexplained.
+
+    A key is a field of `cls`; or in `supported`, where its value must be among those that the code
+    computes; or in `ignored`, being known to change nothing; or starts with an underscore. A field
+    without a default must be present.
+
+    **Arguments:**
+
+    - `cls`: a frozen dataclass of numbers, strings, booleans, enums, and tuples of those.
+    - `fields`: the JSON object.
+    - `name`: what the errors call the config, such as `"transformer/config.json"`.
+    - `supported`: key -> the values that the code computes. A list in the JSON counts as a tuple.
+    - `ignored`: keys that change nothing.
+
+    **Raises:** `ConfigError`, one message that lists every offending key.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
+    values, problems = {}, []
+    for key, value in fields.items():
+        value = _freeze(value)
+        if key in known:
+            try:
+                values[key] = _coerce(value, hints[key])
+            except (TypeError, ValueError):
+                problems.append(f"{key}: {value!r} is not of type {_spell(hints[key])}")
+        elif key in supported:
+            if value not in supported[key]:
+                choices = " or ".join(repr(choice) for choice in supported[key])
+                problems.append(f"{key}: {value!r} is not supported, only {choices}")
+        elif key not in ignored and not key.startswith("_"):
+            problems.append(f"{key}: an unknown field (its value is {value!r})")
+    for key, field in known.items():
+        required = field.default is dataclasses.MISSING
+        if required and field.default_factory is dataclasses.MISSING and key not in fields:
+            problems.append(f"{key}: missing")
+    if not problems:
+        try:
+            return cls(**values)
+        except ValueError as error:  # raised by the dataclass's own __post_init__
+            problems.append(str(error))
+    raise ConfigError(f"{name} does not describe a model that this code computes:\n  " + "\n  ".join(problems))
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list) else value
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for arg in args:
+            try:
+                return _coerce(value, arg)
+            except (TypeError, ValueError):
+                continue
+        raise TypeError
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            raise TypeError
+        if len(args) == 2 and args[1] is ...:
+            return tuple(_coerce(v, args[0]) for v in value)
+        if len(args) != len(value):
+            raise TypeError
+        return tuple(_coerce(v, arg) for v, arg in zip(value, args, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and hint.__module__ != "builtins" and not isinstance(value, hint):
+        return hint(value)  # an enum, by value
+    if hint is type(None):
+        hint = types.NoneType
+    if type(value) is not hint and not (isinstance(hint, type) and isinstance(value, hint) and hint is not int):
+        raise TypeError
+    return value
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

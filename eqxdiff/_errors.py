@@ -1,0 +1,26 @@
+"""The errors that a user can cause. Each message is one sentence or list that names the thing and
+says what to do; the command line prints it without a traceback."""
+
+
+class EqxdiffError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+
+class ConfigError(EqxdiffError):
+    """A `config.json` (or its like) has a field, or a value of one, that the code does not compute."""
+
+
+class CheckpointError(EqxdiffError):
+    """A weights file is damaged, or does not hold the tensors that the model needs."""
+
+
+class SourceError(EqxdiffError):
+    """A folder, file or Hub repository cannot be found or may not be read."""
+
+
+class SettingError(EqxdiffError):
+    """A setting is out of range, or would be ignored by the model it is given for."""
+
+
+class PromptError(EqxdiffError):
+    """A prompt cannot be tokenized."""

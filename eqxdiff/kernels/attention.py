@@ -1,0 +1,43 @@
+from typing import Literal
+
+from jaxtyping import Array, Bool, Float
+
+from ._attention_xla import chunked_attention, plain_attention
+
+
+Implementation = Literal["plain", "chunked"]
+
+_PLAIN_BYTES = 64 * 2**20
+
+
+def attention(
+    q: Float[Array, "queries heads dim"],
+    k: Float[Array, "keys heads dim"],
+    v: Float[Array, "keys heads dim"],
+    *,
+    bias: Float[Array, "#heads #queries keys"] | None = None,
+    mask: Bool[Array, "#heads #queries keys"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "queries heads dim"]:
+    """Softmax attention of one example: `softmax(scale q k^T + bias) v`, head by head.
+
+    Scores and softmax are computed in at least float32; the result has the dtype of `q`.
+
+    **Arguments:**
+
+    - `q`, `k`, `v`: any number of queries and of keys, in one dtype.
+    - `bias`: added to the scores after scaling.
+    - `mask`: `True` where a query may look. At least one key of every query must be visible.
+    - `scale`: `dim ** -0.5` by default.
+    - `implementation`: `"plain"` holds all scores at once, `"chunked"` those of one head and
+        some queries. By default plain up to 64 MiB of scores.
+
+    Source: https://arxiv.org/abs/1706.03762, section 3.2.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation is None:
+        scores = 4 * q.shape[0] * q.shape[1] * k.shape[0]
+        implementation = "plain" if scores <= _PLAIN_BYTES else "chunked"
+    backend = {"plain": plain_attention, "chunked": chunked_attention}[implementation]
+    return backend(q, k, v, bias, mask, scale)

@@ -1,0 +1,24 @@
+"""Layers in PyTorch's array layouts that act on the trailing axis of one example."""
+
+from .conv import Conv2d as Conv2d
+from .embedding import (
+    Embedding as Embedding,
+    EmbeddingMLP as EmbeddingMLP,
+    silu as silu,
+    sinusoid as sinusoid,
+)
+from .fold import fold as fold, stack as stack
+from .linear import Linear as Linear
+from .mlp import (
+    MLP as MLP,
+    gelu_erf as gelu_erf,
+    gelu_tanh as gelu_tanh,
+    quick_gelu as quick_gelu,
+)
+from .norm import (
+    GroupNorm as GroupNorm,
+    LayerNorm as LayerNorm,
+    RMSNorm as RMSNorm,
+    layer_norm as layer_norm,
+)
+from .rope import apply_rope as apply_rope, rope as rope

@@ -1,0 +1,75 @@
+import math
+from typing import Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from .._types import PRNGKey, Scalar
+from .._dtypes import at_least_float32
+from .linear import Linear
+
+
+class Embedding(eqx.Module):
+    """A table of vectors. The result has the dtype of the table."""
+
+    weight: Float[Array, "entries dim"]
+
+    @classmethod
+    def init(
+        cls, entries: int, dim: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32
+    ) -> Self:
+        """Normal with unit variance, as `torch.nn.Embedding`."""
+        return cls(jax.random.normal(key, (entries, dim), dtype))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch dim"]:
+        return self.weight[ids]
+
+
+def sinusoid(
+    t: Scalar, dim: int, *, flip_sin_to_cos: bool, freq_shift: float, max_period: float = 10000.0
+) -> Float[Array, " dim"]:
+    """The sinusoidal embedding of a timestep, in at least float32.
+
+    Sines first, or cosines first with `flip_sin_to_cos`; the frequencies are
+    `max_period ** -(i / (dim / 2 - freq_shift))`.
+
+    **Arguments:**
+
+    - `t`: the timestep, in thousandths: 0 is data and 1000 is noise.
+    - `dim`: the even length of the result.
+
+    Source: https://arxiv.org/abs/2006.11239, appendix B, and `get_timestep_embedding` of diffusers.
+    """
+    half = dim // 2
+    dtype = at_least_float32(t.dtype)
+    exponent = -math.log(max_period) * jnp.arange(half, dtype=dtype) / (half - freq_shift)
+    angle = t.astype(dtype) * jnp.exp(exponent)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos])
+
+
+class EmbeddingMLP(eqx.Module):
+    """Linear, SiLU, linear: what embeds timesteps, guidance and pooled text in every family."""
+
+    linear_1: Linear
+    linear_2: Linear
+
+    @classmethod
+    def init(
+        cls, in_features: int, features: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32
+    ) -> Self:
+        key1, key2 = jax.random.split(key)
+        return cls(
+            Linear.init(in_features, features, key=key1, dtype=dtype),
+            Linear.init(features, features, key=key2, dtype=dtype),
+        )
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return self.linear_2(silu(self.linear_1(x)))
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x * sigmoid(x)`, in at least float32 and rounded once."""
+    return jax.nn.silu(x.astype(at_least_float32(x.dtype))).astype(x.dtype)

@@ -1,0 +1,55 @@
+from collections.abc import Callable
+from typing import Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from .._types import PRNGKey
+from .._dtypes import at_least_float32
+from .linear import Linear
+
+
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The tanh approximation of GELU, in at least float32 and rounded once."""
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)
+
+
+def gelu_erf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU by the error function, in at least float32 and rounded once."""
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=False).astype(x.dtype)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x * sigmoid(1.702 x)`, OpenAI CLIP's GELU, in at least float32 and rounded once."""
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+
+
+class MLP(eqx.Module):
+    """Linear, activation, linear."""
+
+    proj_in: Linear
+    proj_out: Linear
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+
+    @classmethod
+    def init(
+        cls,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[Array], Array],
+        key: PRNGKey,
+        dtype: DTypeLike = jnp.float32,
+    ) -> Self:
+        key1, key2 = jax.random.split(key)
+        return cls(
+            Linear.init(features, hidden, key=key1, dtype=dtype),
+            Linear.init(hidden, features, key=key2, dtype=dtype),
+            activation,
+        )
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return self.proj_out(self.activation(self.proj_in(x)))
