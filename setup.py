@@ -1,4 +1,4 @@
-"""Maps the top-level folders cli/ and weights_map/ into the package; all else is in pyproject.toml."""
+"""Maps cli/ and weights_map/ into the package; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

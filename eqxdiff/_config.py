@@ -1,6 +1,7 @@
 """Strict reading of the checkpoints' own JSON configs into frozen dataclasses."""
 
 import dataclasses
+import enum
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -61,7 +62,8 @@ def parse_config(
             return cls(**values)
         except ValueError as error:  # raised by the dataclass's own __post_init__
             problems.append(str(error))
-    raise ConfigError(f"{name} does not describe a model that this code computes:\n  " + "\n  ".join(problems))
+    header = f"{name} does not describe a model that this code computes:"
+    raise ConfigError("\n  ".join([header, *problems]))
 
 
 def _freeze(value: Any) -> Any:
@@ -87,11 +89,9 @@ def _coerce(value: Any, hint: Any) -> Any:
         return tuple(_coerce(v, arg) for v, arg in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and hint.__module__ != "builtins" and not isinstance(value, hint):
-        return hint(value)  # an enum, by value
-    if hint is type(None):
-        hint = types.NoneType
-    if type(value) is not hint and not (isinstance(hint, type) and isinstance(value, hint) and hint is not int):
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if type(value) is not hint:  # not isinstance: True is no integer
         raise TypeError
     return value
 

@@ -7,7 +7,7 @@ class EqxdiffError(Exception):
 
 
 class ConfigError(EqxdiffError):
-    """A `config.json` (or its like) has a field, or a value of one, that the code does not compute."""
+    """A `config.json` (or its like) has a field, or the value of one, that is not supported."""
 
 
 class CheckpointError(EqxdiffError):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from .._types import PRNGKey
 from .._dtypes import at_least_float32
+from .._types import PRNGKey
 
 
 class Conv2d(eqx.Module):

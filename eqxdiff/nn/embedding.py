@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from .._types import PRNGKey, Scalar
 from .._dtypes import at_least_float32
+from .._types import PRNGKey, Scalar
 from .linear import Linear
 
 
@@ -17,9 +17,7 @@ class Embedding(eqx.Module):
     weight: Float[Array, "entries dim"]
 
     @classmethod
-    def init(
-        cls, entries: int, dim: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32
-    ) -> Self:
+    def init(cls, entries: int, dim: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
         """Normal with unit variance, as `torch.nn.Embedding`."""
         return cls(jax.random.normal(key, (entries, dim), dtype))
 
