@@ -1,0 +1,298 @@
+"""The FLUX.1 transformer: image and text in two streams, then in one.
+
+Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/model.py, with the names and
+the split projections of `FluxTransformer2DModel` of diffusers.
+"""
+
+from typing import Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from ..._dtypes import at_least_float32
+from ..._types import PRNGKey, Scalar
+from ...kernels import attention
+from ...nn import (
+    MLP,
+    EmbeddingMLP,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    fold,
+    gelu_tanh,
+    layer_norm,
+    rope,
+    silu,
+    sinusoid,
+    stack,
+)
+from .config import TransformerConfig
+
+
+EPS = 1e-6
+THETA = 10000.0
+MLP_RATIO = 4
+SINUSOID_DIM = 256
+
+
+class Modulation(eqx.Module):
+    """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
+
+    linear: Linear
+
+    @classmethod
+    def init(cls, dim: int, count: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        return cls(Linear.init(dim, count * dim, key=key, dtype=dtype))
+
+    def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
+        return self.linear(silu(vec)).reshape(-1, vec.shape[0])
+
+
+def modulate(
+    x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
+) -> Float[Array, "tokens dim"]:
+    """`(1 + scale) * norm(x) + shift`, rounded once."""
+    return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS)
+
+
+def split_heads(
+    x: Float[Array, "tokens dim"], q: Linear, k: Linear, v: Linear, norm_q: RMSNorm, norm_k: RMSNorm
+) -> list[Float[Array, "tokens heads head_dim"]]:
+    """Queries and keys, normalised head by head, and values."""
+    heads = [f(x).reshape(x.shape[0], -1, norm_q.weight.shape[0]) for f in (q, k, v)]
+    return [norm_q(heads[0]), norm_k(heads[1]), heads[2]]
+
+
+def attend(
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens heads head_dim"],
+    v: Float[Array, "tokens heads head_dim"],
+    pe: Float[Array, "tokens 2 half"],
+) -> Float[Array, "tokens dim"]:
+    return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)
+
+
+class JointAttention(eqx.Module):
+    """Attention over text and image together, each with projections of its own."""
+
+    to_q: Linear
+    to_k: Linear
+    to_v: Linear
+    to_out: Linear
+    norm_q: RMSNorm
+    norm_k: RMSNorm
+    add_q_proj: Linear
+    add_k_proj: Linear
+    add_v_proj: Linear
+    to_add_out: Linear
+    norm_added_q: RMSNorm
+    norm_added_k: RMSNorm
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
+        norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
+        q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
+        img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
+        return cls(*img, *txt)
+
+    def __call__(
+        self,
+        img: Float[Array, "pixels dim"],
+        txt: Float[Array, "tokens dim"],
+        pe: Float[Array, "tokens+pixels 2 half"],
+    ) -> tuple[Float[Array, "pixels dim"], Float[Array, "tokens dim"]]:
+        img_qkv = split_heads(img, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+        add = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        txt_qkv = split_heads(txt, *add, self.norm_added_q, self.norm_added_k)
+        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
+        return self.to_out(img), self.to_add_out(txt)
+
+
+class DoubleBlock(eqx.Module):
+    """Two streams that meet in attention."""
+
+    norm1: Modulation
+    norm1_context: Modulation
+    attn: JointAttention
+    ff: MLP
+    ff_context: MLP
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys = jax.random.split(key, 5)
+        norm = lambda key: Modulation.init(cfg.dim, 6, key=key, dtype=dtype)
+        attn = JointAttention.init(cfg, key=keys[2], dtype=dtype)
+        hidden = MLP_RATIO * cfg.dim
+        mlp = lambda key: MLP.init(cfg.dim, hidden, activation=gelu_tanh, key=key, dtype=dtype)
+        return cls(norm(keys[0]), norm(keys[1]), attn, mlp(keys[3]), mlp(keys[4]))
+
+    def __call__(
+        self,
+        img: Float[Array, "pixels dim"],
+        txt: Float[Array, "tokens dim"],
+        vec: Float[Array, " dim"],
+        pe: Float[Array, "tokens+pixels 2 half"],
+    ) -> tuple[Float[Array, "pixels dim"], Float[Array, "tokens dim"]]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.norm1(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.norm1_context(
+            vec
+        )
+
+        img_attn, txt_attn = self.attn(
+            modulate(img, img_shift1, img_scale1), modulate(txt, txt_shift1, txt_scale1), pe
+        )
+        img = img + img_gate1 * img_attn
+        img = img + img_gate2 * self.ff(modulate(img, img_shift2, img_scale2))
+        txt = txt + txt_gate1 * txt_attn
+        txt = txt + txt_gate2 * self.ff_context(modulate(txt, txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SelfAttention(eqx.Module):
+    """Attention of the joined streams. Its output projection is shared with the MLP's."""
+
+    to_q: Linear
+    to_k: Linear
+    to_v: Linear
+    norm_q: RMSNorm
+    norm_k: RMSNorm
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
+        norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
+        q, k, v = map(linear, jax.random.split(key, 3))
+        return cls(q, k, v, norm(), norm())
+
+    def __call__(
+        self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
+    ) -> Float[Array, "tokens dim"]:
+        q, k, v = split_heads(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+        return attend(q, k, v, pe)
+
+
+class SingleBlock(eqx.Module):
+    """One stream, attention and MLP side by side (https://arxiv.org/abs/2302.05442)."""
+
+    norm: Modulation
+    attn: SelfAttention
+    proj_mlp: Linear
+    proj_out: Linear
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys = jax.random.split(key, 4)
+        hidden = MLP_RATIO * cfg.dim
+        return cls(
+            Modulation.init(cfg.dim, 3, key=keys[0], dtype=dtype),
+            SelfAttention.init(cfg, key=keys[1], dtype=dtype),
+            Linear.init(cfg.dim, hidden, key=keys[2], dtype=dtype),
+            Linear.init(cfg.dim + hidden, cfg.dim, key=keys[3], dtype=dtype),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        vec: Float[Array, " dim"],
+        pe: Float[Array, "tokens 2 half"],
+    ) -> Float[Array, "tokens dim"]:
+        shift, scale, gate = self.norm(vec)
+        y = modulate(x, shift, scale)
+        y = jnp.concatenate([self.attn(y, pe), gelu_tanh(self.proj_mlp(y))], axis=-1)
+        return x + gate * self.proj_out(y)
+
+
+class TimeTextEmbedding(eqx.Module):
+    """The conditioning vector of timestep, guidance and pooled text."""
+
+    timestep_embedder: EmbeddingMLP
+    guidance_embedder: EmbeddingMLP | None
+    text_embedder: EmbeddingMLP
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        mlp = lambda width, key: EmbeddingMLP.init(width, cfg.dim, key=key, dtype=dtype)
+        keys = jax.random.split(key, 3)
+        guidance = mlp(SINUSOID_DIM, keys[1]) if cfg.guidance_embeds else None
+        return cls(mlp(SINUSOID_DIM, keys[0]), guidance, mlp(cfg.pooled_projection_dim, keys[2]))
+
+    def __call__(
+        self, timestep: Scalar, guidance: Scalar | None, pooled: Float[Array, " pooled_dim"]
+    ) -> Float[Array, " dim"]:
+        embed = lambda t: sinusoid(t, SINUSOID_DIM, flip_sin_to_cos=True, freq_shift=0)
+        vec = self.timestep_embedder(embed(timestep).astype(pooled.dtype))
+        if self.guidance_embedder is not None:
+            if guidance is None:
+                raise ValueError("This transformer embeds guidance, and none was given.")
+            vec = vec + self.guidance_embedder(embed(1000 * guidance).astype(pooled.dtype))
+        return vec + self.text_embedder(pooled)
+
+
+class Transformer(eqx.Module):
+    """FLUX.1's flow transformer: noisy patches and a prompt to the patches' velocity."""
+
+    x_embedder: Linear
+    context_embedder: Linear
+    time_text_embed: TimeTextEmbedding
+    transformer_blocks: DoubleBlock
+    single_transformer_blocks: SingleBlock
+    norm_out: Modulation
+    proj_out: Linear
+    axes_dims_rope: tuple[int, ...] = eqx.field(static=True)
+    remat: bool = eqx.field(static=True, default=False)
+
+    @classmethod
+    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
+        """A random transformer; the blocks are stacked along a leading axis."""
+        keys = jax.random.split(key, 7)
+        double = lambda key: DoubleBlock.init(cfg, key=key, dtype=dtype)
+        single = lambda key: SingleBlock.init(cfg, key=key, dtype=dtype)
+        return cls(
+            Linear.init(cfg.in_channels, cfg.dim, key=keys[0], dtype=dtype),
+            Linear.init(cfg.joint_attention_dim, cfg.dim, key=keys[1], dtype=dtype),
+            TimeTextEmbedding.init(cfg, key=keys[2], dtype=dtype),
+            stack(double, cfg.num_layers, key=keys[3]),
+            stack(single, cfg.num_single_layers, key=keys[4]),
+            Modulation.init(cfg.dim, 2, key=keys[5], dtype=dtype),
+            Linear.init(cfg.dim, cfg.in_channels, key=keys[6], dtype=dtype),
+            cfg.axes_dims_rope,
+        )
+
+    def __call__(
+        self,
+        img: Float[Array, "pixels channels"],
+        txt: Float[Array, "tokens text_dim"],
+        pooled: Float[Array, " pooled_dim"],
+        timestep: Scalar,
+        guidance: Scalar | None,
+        positions: Float[Array, "tokens+pixels 3"],
+    ) -> Float[Array, "pixels channels"]:
+        """The velocity `noise - data` at `img`, in the dtype of `img`.
+
+        **Arguments:**
+
+        - `img`: noisy latent patches.
+        - `txt`: T5's last hidden states; `pooled`: CLIP's pooled state. In the dtype of `img`.
+        - `timestep`: in thousandths: 0 is data and 1000 is noise. At least float32.
+        - `guidance`: the embedded guidance scale, where the config has `guidance_embeds`.
+        - `positions`: (0, row, column) of each text token and then of each patch, for rope.
+
+        **Raises:** `ValueError` where guidance is embedded and `guidance` is `None`.
+        """
+        img = self.x_embedder(img)
+        txt = self.context_embedder(txt)
+        vec = self.time_text_embed(timestep, guidance, pooled)
+        pe = rope(positions, self.axes_dims_rope, theta=THETA)
+
+        double = lambda block, streams: block(*streams, vec, pe)
+        img, txt = fold(self.transformer_blocks, (img, txt), double, remat=self.remat)
+        x = jnp.concatenate([txt, img])
+        single = lambda block, x: block(x, vec, pe)
+        x = fold(self.single_transformer_blocks, x, single, remat=self.remat)
+
+        scale, shift = self.norm_out(vec)
+        return self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
