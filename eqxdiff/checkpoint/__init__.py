@@ -1,0 +1,10 @@
+"""Weights: key tables, strict loading leaf by leaf, and export."""
+
+from .export import export_infos as export_infos, export_tensors as export_tensors
+from .load import check as check, leaf_paths as leaf_paths, load_module as load_module
+from .source import (
+    AbstractTensorSource as AbstractTensorSource,
+    InMemory as InMemory,
+    TensorInfo as TensorInfo,
+)
+from .table import Table as Table, read_table as read_table

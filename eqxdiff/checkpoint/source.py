@@ -1,0 +1,56 @@
+"""Where tensors come from: names, shapes, dtypes, and reading a part of one into given memory."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+
+Index = tuple[tuple[int, int], ...]
+"""A box of a tensor: `(start, stop)` for each axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class AbstractTensorSource(abc.ABC):
+    """Named tensors that are read part by part; reading is safe from several threads."""
+
+    @property
+    @abc.abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the source by name."""
+
+    @abc.abstractmethod
+    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+        """Copies the box `index` of tensor `name` into `out`.
+
+        `out` is C-contiguous and has the tensor's dtype and the box's shape.
+
+        **Raises:** `CheckpointError` where the file is damaged.
+        """
+
+
+class InMemory(AbstractTensorSource):
+    """Tensors that are already arrays, by name."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {n: TensorInfo(array.shape, array.dtype) for n, array in self._arrays.items()}
+
+    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+        out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in index)]
