@@ -1,0 +1,31 @@
+from typing import ClassVar
+
+from ..schedule import Schedule
+from ._base import AbstractSolver, Denoise, Index, Noise, X, transfer
+
+
+class Euler(AbstractSolver):
+    """Euler's method; for flows and for exploding, preserving rows alike, being DDIM without noise.
+
+    Source: https://arxiv.org/abs/2206.00364, algorithm 1 without the second half; diffusers'
+    EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler.
+    """
+
+    requires_key: ClassVar[bool] = False
+    evaluations: ClassVar[int] = 1
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        row = schedule[index]
+        x0 = denoise(x, row)
+        return transfer(x, x0, row.astype(x.dtype), schedule[index + 1].astype(x.dtype)), None

@@ -1,0 +1,58 @@
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ..schedule import Schedule
+from ._base import AbstractSolver, Denoise, Index, Noise, X, transfer
+
+
+class Heun(AbstractSolver):
+    """Heun's method: an Euler step, then the mean of the slopes at both ends.
+
+    The slope belongs to a variable: to `x / alpha` as a function of `sigma / alpha`, or, with
+    `straight`, to `x / (alpha + sigma)` as a function of `sigma / (alpha + sigma)`, which is the
+    one for flows. A step that ends at sigma 0 stays Euler's, and so does one from alpha 0 where the
+    variable is not straight.
+
+    Source: https://arxiv.org/abs/2206.00364, algorithm 1; diffusers' HeunDiscreteScheduler and
+    FlowMatchHeunDiscreteScheduler.
+    """
+
+    straight: bool = eqx.field(static=True, default=False)
+
+    requires_key: ClassVar[bool] = False
+    evaluations: ClassVar[int] = 2
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
+
+        def scale(row):
+            return row.alpha + row.sigma if self.straight else row.alpha
+
+        x0 = denoise(x, schedule[index])
+        euler = transfer(x, x0, at, to)
+        corrected = (to.sigma > 0) & (scale(at) > 0)
+
+        def slope(x, x0, row):
+            eps = (x - row.alpha * x0) / jnp.where(corrected, row.sigma, 1)
+            return eps - x0 if self.straight else eps
+
+        def correct():
+            difference = slope(euler, denoise(euler, schedule[index + 1]), to) - slope(x, x0, at)
+            ratio = scale(to) / jnp.where(corrected, scale(at), 1)
+            return euler + (to.sigma - at.sigma * ratio) / 2 * difference
+
+        return jax.lax.cond(corrected, correct, lambda: euler), None
