@@ -154,12 +154,8 @@ def _read_backend(
         if not merges.is_file():
             raise SourceError(f"{folder} has a vocab.json but no merges.txt.")
         with _blame(file, merges):
-            return (
-                _clip_backend(*models.BPE.read_file(str(file), str(merges))),
-                CLIP_TOKENS,
-                [],
-                file,
-            )
+            vocab, pairs = models.BPE.read_file(str(file), str(merges))
+            return _clip_backend(vocab, pairs), CLIP_TOKENS, []
     if (file := folder / "spiece.model").is_file():
         with _blame(file):
             model = read_unigram(file.read_bytes())
