@@ -1,0 +1,33 @@
+"""The models: a folder a family, and the registry of them all."""
+
+import difflib
+
+from .._errors import SettingError
+from ._family import (
+    AbstractFamily as AbstractFamily,
+    Component as Component,
+    Guidance as Guidance,
+    Preset as Preset,
+)
+from ._settings import Settings as Settings
+from .flux1 import Flux1
+
+
+FAMILIES: tuple[AbstractFamily, ...] = (Flux1(),)
+
+
+def model_names() -> list[str]:
+    """The names of all models."""
+    return [name for family in FAMILIES for name in family.presets]
+
+
+def find_model(name: str) -> tuple[AbstractFamily, Preset]:
+    """A model by name. **Raises:** `SettingError`, with the nearest name."""
+    for family in FAMILIES:
+        if name in family.presets:
+            return family, family.presets[name]
+    near = difflib.get_close_matches(name, model_names(), 1, cutoff=0.3)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise SettingError(
+        f"There is no model called {name!r}.{hint} The models are {', '.join(model_names())}."
+    )

@@ -4,6 +4,7 @@ from typing import Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._dtypes import at_least_float32
@@ -42,8 +43,11 @@ def sinusoid(
     """
     half = dim // 2
     dtype = at_least_float32(t.dtype)
-    exponent = -math.log(max_period) * jnp.arange(half, dtype=dtype) / (half - freq_shift)
-    angle = t.astype(dtype) * jnp.exp(exponent)
+    # The exponents are rounded as in the reference: the angles reach thousands of radians, where
+    # the last bit of a frequency shows.
+    exponent = np.arange(half, dtype=dtype) * dtype.type(-math.log(max_period))
+    frequency = np.exp((exponent / dtype.type(half - freq_shift)).astype(np.float64))
+    angle = t.astype(dtype) * jnp.asarray(frequency, dtype)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos])
 

@@ -1,0 +1,150 @@
+"""The contract between a family of models and everything that runs it."""
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike, PyTree
+
+from .._types import Scalar, Tokens
+from ..sampling import AbstractSolver, Denoiser, Schedule
+from ..sharding import Rule
+from ..text import Tokenized, Tokenizer
+from ._settings import Settings
+
+
+Configs = Mapping[str, Any]
+"""The parsed config of each component, of the `"scheduler"` and of the `"pipeline"`."""
+
+Modules = Mapping[str, Any]
+"""The loaded components, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A part of a family with weights of its own: a folder of the published layout.
+
+    **Fields:**
+
+    - `parse`: the folder's `config.json` to a frozen config. Raises `ConfigError`.
+    - `init`: `(config, *, key, dtype)` to a random module.
+    - `table`: the name of its key table in `weights_map/`.
+    - `rules`: its sharding rules: every leaf of two or more dimensions matches exactly one.
+    - `stage`: `"text"`, `"denoiser"` or `"vae"`. One stage runs at a time.
+    """
+
+    parse: Callable[[Mapping[str, Any]], Any]
+    init: Callable[..., eqx.Module]
+    table: str
+    rules: Sequence[Rule]
+    stage: str
+
+    def skeleton(self, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
+        """The module with `jax.ShapeDtypeStruct` leaves, which costs nothing at any size."""
+        init = lambda key: self.init(config, key=key, dtype=dtype)
+        return eqx.filter_eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model that users call by name: where its weights are and what it runs with by default."""
+
+    summary: str
+    repository: str
+    defaults: Settings
+
+
+class Guidance(eqx.Module):
+    """The scales of guidance, traced. What is `None` is off and costs nothing.
+
+    **Fields:**
+
+    - `embedded`: told to the network.
+    - `classifier_free`: how far to go from the unconditional to the conditional prediction.
+    """
+
+    embedded: Scalar | None
+    classifier_free: Scalar | None
+
+
+class AbstractFamily(eqx.Module):
+    """All that the pipeline, the loader and the command line know of a family of models.
+
+    A family has no fields: it is a set of pure functions. Everything works on one example; the
+    batch is the caller's `jax.vmap`.
+    """
+
+    presets: eqx.AbstractClassVar[Mapping[str, Preset]]
+    components: eqx.AbstractClassVar[Mapping[str, Component]]
+    tokenizers: eqx.AbstractClassVar[Sequence[str]]
+
+    @abstractmethod
+    def parse_scheduler(self, fields: Mapping[str, Any]) -> Any:
+        """Reads `scheduler/scheduler_config.json`. **Raises:** `ConfigError`."""
+
+    @abstractmethod
+    def parse_index(self, fields: Mapping[str, Any]) -> Any:
+        """Reads `model_index.json`. **Raises:** `ConfigError`."""
+
+    @abstractmethod
+    def check(self, configs: Configs) -> None:
+        """Compares the components with each other. **Raises:** `ConfigError`."""
+
+    @abstractmethod
+    def resolve(self, given: Mapping[str, Any], model: str, configs: Configs) -> Settings:
+        """What a user gave (fields of `Settings`), completed by the preset `model` and its configs.
+
+        **Raises:** `SettingError` where a setting is out of range or would be ignored.
+        """
+
+    @abstractmethod
+    def tokenize(
+        self, tokenizers: Mapping[str, Tokenizer], prompt: str, prompt_2: str, settings: Settings
+    ) -> dict[str, Tokenized]:
+        """The tokens for each text encoder, by the encoder's name, padded to a fixed length."""
+
+    @abstractmethod
+    def encode(self, modules: Modules, tokens: Mapping[str, Tokens], dtype: DTypeLike) -> PyTree:
+        """Tokens to conditioning, a PyTree that only this family looks into."""
+
+    @abstractmethod
+    def latent_shape(self, configs: Configs, settings: Settings) -> tuple[int, int, int]:
+        """Height, width and channels of the latent."""
+
+    @abstractmethod
+    def schedule(self, configs: Configs, settings: Settings) -> Schedule:
+        """The rows of noise levels for the step count and size."""
+
+    @abstractmethod
+    def solver(self, configs: Configs, settings: Settings) -> AbstractSolver:
+        """The solver that the settings or the checkpoint name."""
+
+    @abstractmethod
+    def guidance(self, configs: Configs, settings: Settings) -> Guidance:
+        """The scales as arrays; what is off is `None`."""
+
+    @abstractmethod
+    def denoiser(
+        self,
+        modules: Modules,
+        conditional: PyTree,
+        unconditional: PyTree | None,
+        guidance: Guidance,
+        dtype: DTypeLike,
+    ) -> Denoiser:
+        """The denoiser of one latent. `unconditional` is `None` without classifier-free guidance.
+
+        The network computes in `dtype`; the latent stays in at least float32.
+        """
+
+    @abstractmethod
+    def decode_dtype(self, configs: Configs, dtype: DTypeLike) -> DTypeLike:
+        """The dtype to decode in where the network computes in `dtype`."""
+
+    @abstractmethod
+    def example(self, model: str) -> Mapping[str, Mapping[str, Any]]:
+        """The JSON files of a tiny checkpoint in the published layout, by path, but tokenizers."""

@@ -1,0 +1,9 @@
+"""Sharding rules of the autoencoder: regular expressions of parameter paths -> logical axes."""
+
+from ..sharding import Rule
+
+
+AUTOENCODER: tuple[Rule, ...] = (
+    (r".*conv\w*\.weight", ("embed", None, None, None)),
+    (r".*\.to_(q|k|v|out)\.weight", (None, "embed")),
+)
