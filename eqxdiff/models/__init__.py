@@ -7,9 +7,10 @@ from ._family import (
     AbstractFamily as AbstractFamily,
     Component as Component,
     Guidance as Guidance,
+    Modules as Modules,
     Preset as Preset,
 )
-from ._settings import Settings as Settings
+from ._settings import Settings as Settings, check_range as check_range
 from .flux1 import Flux1
 
 

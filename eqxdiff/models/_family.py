@@ -146,5 +146,5 @@ class AbstractFamily(eqx.Module):
         """The dtype to decode in where the network computes in `dtype`."""
 
     @abstractmethod
-    def example(self, model: str) -> Mapping[str, Mapping[str, Any]]:
-        """The JSON files of a tiny checkpoint in the published layout, by path, but tokenizers."""
+    def example(self, model: str) -> Mapping[str, str]:
+        """The texts of a tiny checkpoint in the published layout, by path: all but the weights."""

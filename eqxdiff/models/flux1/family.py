@@ -14,8 +14,10 @@ from ...sampling import (
     ClassifierFree,
     Conditioned,
     Denoiser,
+    Euler,
     Flow,
     FlowSchedulerConfig,
+    Heun,
     Row,
     Schedule,
     flow_sigmas,
@@ -42,6 +44,7 @@ from .network import Transformer
 
 
 PATCH = 2
+SOLVERS: Mapping[str, AbstractSolver] = types.MappingProxyType({"euler": Euler(), "heun": Heun()})
 DEFAULT_GUIDANCE = 3.5
 HONOURED = (
     "prompt_2",
@@ -237,7 +240,7 @@ class Flux1(AbstractFamily):
         )
 
     def solver(self, configs: Configs, settings: Settings) -> AbstractSolver:
-        return find_solver(settings.sampler or "euler", Flow())
+        return SOLVERS[settings.sampler or "euler"]
 
     def guidance(self, configs: Configs, settings: Settings) -> Guidance:
         scalar = lambda value: jnp.asarray(value, jnp.float32)
@@ -264,5 +267,5 @@ class Flux1(AbstractFamily):
     def decode_dtype(self, configs: Configs, dtype: DTypeLike) -> DTypeLike:
         return dtype
 
-    def example(self, model: str) -> Mapping[str, Mapping[str, Any]]:
+    def example(self, model: str) -> Mapping[str, str]:
         return tiny.files(guidance_embeds=model == "flux-dev")

@@ -1,9 +1,21 @@
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from ...text import tiny
 
-def files(*, guidance_embeds: bool) -> Mapping[str, Mapping[str, Any]]:
-    """The JSON files of a tiny FLUX.1 checkpoint, tokenizers aside: all parts, few features."""
+
+def files(*, guidance_embeds: bool) -> Mapping[str, str]:
+    """The texts of a tiny FLUX.1 checkpoint, by path: all parts, few features."""
+    configs = _configs(guidance_embeds)
+    return {
+        **{path: json.dumps(config, indent=2) for path, config in configs.items()},
+        **{f"tokenizer/{name}": text for name, text in tiny.clip_files().items()},
+        **{f"tokenizer_2/{name}": text for name, text in tiny.t5_files().items()},
+    }
+
+
+def _configs(guidance_embeds: bool) -> Mapping[str, Mapping[str, Any]]:
     return {
         "model_index.json": {
             "_class_name": "FluxPipeline",

@@ -1,0 +1,495 @@
+"""Prompt to picture: encode, sample, decode."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, DTypeLike, Float, PyTree
+from PIL import Image as PILImage
+
+from ._errors import EqxdiffError, SettingError
+from .checkpoint import Source, load_module, open_source, read_table
+from .models import AbstractFamily, Guidance, Modules, Settings, check_range, find_model
+from .sampling import AbstractSolver, Schedule, start, step
+from .sharding import BATCH_AXES, parameter_sharding, shard_batch
+from .text import Tokenizer
+from .vae import AutoencoderKL
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A model whose configs and tokenizers are read, and whose weights are not.
+
+    **Fields:**
+
+    - `model`: the name it goes by, such as `"flux-dev"`.
+    - `configs`: of each component, of the `"scheduler"` and of the `"pipeline"`.
+    - `dtype`: of the weights; `None` keeps the checkpoint's.
+    - `compute_dtype`: of the activations.
+    - `mesh`: the devices to spread over, or `None` for the default one.
+    """
+
+    model: str
+    family: AbstractFamily
+    source: Source
+    configs: Mapping[str, Any]
+    tokenizers: Mapping[str, Tokenizer]
+    dtype: Any
+    compute_dtype: Any
+    mesh: Mesh | None
+
+    def names(self, stage: str) -> list[str]:
+        """The components of a stage: `"text"`, `"denoiser"` or `"vae"`."""
+        return [name for name, part in self.family.components.items() if part.stage == stage]
+
+    def resolve(self, given: Mapping[str, Any]) -> Settings:
+        """The settings as applied. **Raises:** `SettingError`."""
+        return self.family.resolve(given, self.model, self.configs)
+
+    def load(self, names: Sequence[str], *, progress: Progress | None = None) -> dict[str, Any]:
+        """The named components with their weights. **Raises:** `CheckpointError`, `SourceError`."""
+        return {name: self._load_component(name, progress) for name in names}
+
+    def _load_component(self, name: str, progress: Progress | None) -> Any:
+        component = self.family.components[name]
+        report = None if progress is None else partial(progress, f"loading {name}")
+        tensors = self.source.tensors(name)
+        dtype = tensors.dtype if self.dtype is None else self.dtype
+
+        def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
+            if self.mesh is None:
+                return None
+            return parameter_sharding(path, shape, component.rules, self.mesh)
+
+        return load_module(
+            tensors,
+            read_table(component.table),
+            component.skeleton(self.configs[name]),
+            dtype=dtype,
+            sharding=sharding,
+            name=name,
+            progress=report,
+        )
+
+
+def open_model(
+    name: str,
+    weights: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Blueprint:
+    """Reads all of a model but its weights: cheap, and finds most mistakes.
+
+    **Arguments:** as of `load`.
+
+    **Raises:** `SettingError` for an unknown name, `SourceError` where the weights are not to be
+    had, `ConfigError` where they are of another architecture.
+    """
+    family, preset = find_model(name)
+    source = open_source(weights or preset.repository, revision=revision)
+    configs = {
+        "pipeline": family.parse_index(source.read_json("model_index.json")),
+        "scheduler": family.parse_scheduler(source.read_json("scheduler/scheduler_config.json")),
+    }
+    for part, component in family.components.items():
+        configs[part] = component.parse(source.read_json(f"{part}/config.json"))
+    family.check(configs)
+    tokenizers = {part: Tokenizer.load(source.folder(part)) for part in family.tokenizers}
+    if compute_dtype is None:
+        compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    compute_dtype = jnp.dtype(compute_dtype)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return Blueprint(name, family, source, configs, tokenizers, dtype, compute_dtype, mesh)
+
+
+class Encoded(eqx.Module):
+    """Prompts as the denoiser sees them.
+
+    **Fields:**
+
+    - `conditional`: the family's conditioning, one row for each prompt.
+    - `unconditional`: that of the negative prompt, with classifier-free guidance.
+    - `dropped`: for each prompt, what was cut off its end.
+    """
+
+    conditional: PyTree
+    unconditional: PyTree | None
+    prompts: tuple[str, ...] = eqx.field(static=True)
+    dropped: tuple[str, ...] = eqx.field(static=True)
+
+
+class Pipeline(eqx.Module):
+    """A loaded model: a PyTree of its components. Edit one with `eqx.tree_at`.
+
+    **Fields:**
+
+    - `components`: the modules by name, such as `pipe.components["transformer"]`. Those that a
+        call does not need may be absent.
+    - `blueprint`: the rest: configs, tokenizers, dtypes, where the weights came from.
+    """
+
+    components: dict[str, Any]
+    blueprint: Blueprint = eqx.field(static=True)
+
+    def __getitem__(self, name: str) -> Any:
+        """A component. **Raises:** `SettingError` where it is not loaded."""
+        if name not in self.components:
+            raise SettingError(f"This needs the component {name}, which is not loaded.")
+        return self.components[name]
+
+    def stage(self, stage: str) -> dict[str, Any]:
+        """The loaded components of a stage. **Raises:** `SettingError` where one is missing."""
+        return {name: self[name] for name in self.blueprint.names(stage)}
+
+    def without(self, stage: str) -> "Pipeline":
+        """The pipeline without the components of a stage, whose memory is freed with them."""
+        gone = self.blueprint.names(stage)
+        kept = {name: part for name, part in self.components.items() if name not in gone}
+        return Pipeline(kept, self.blueprint)
+
+    def adding(self, components: Mapping[str, Any]) -> "Pipeline":
+        """The pipeline with more components, or with others in place of its own."""
+        return Pipeline({**self.components, **components}, self.blueprint)
+
+    def encode(self, prompts: str | Sequence[str], **given: Any) -> Encoded:
+        """Runs the text encoders, and nothing else, so that they can be dropped afterwards.
+
+        **Arguments:**
+
+        - `given`: fields of `Settings`. What matters here are the second and negative prompts, the
+            guidance and `max_sequence_length`; the rest may be given too.
+
+        **Raises:** `SettingError` where an encoder is not loaded; `PromptError`.
+        """
+        plan = self.blueprint
+        settings = plan.resolve(given)
+        prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        modules = self.stage("text")
+
+        def encode(prompt: str, prompt_2: str | None) -> tuple[PyTree, str]:
+            second = prompt if prompt_2 is None else prompt_2
+            texts = plan.family.tokenize(plan.tokenizers, prompt, second, settings)
+            tokens = {name: jnp.asarray(text.ids) for name, text in texts.items()}
+            dropped = dict.fromkeys(text.dropped for text in texts.values() if text.dropped)
+            encoded = _encode(plan.family, modules, tokens, plan.compute_dtype)
+            return encoded, max(dropped, key=len, default="")
+
+        rows = [encode(prompt, settings.prompt_2) for prompt in prompts]
+        unconditional = None
+        if plan.family.guidance(plan.configs, settings).classifier_free is not None:
+            second = settings.negative_prompt_2
+            unconditional, _ = encode(settings.negative_prompt or "", second)
+        conditional = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(row for row, _ in rows))
+        return Encoded(conditional, unconditional, prompts, tuple(cut for _, cut in rows))
+
+
+def load(
+    name: str,
+    weights: str | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Pipeline:
+    """Loads a model.
+
+    **Arguments:**
+
+    - `name`: such as `"flux-dev"`.
+    - `weights`: a folder in the diffusers layout or a Hub repository, by default the model's own.
+    - `dtype`: of the weights, by default the checkpoint's.
+    - `compute_dtype`: of the activations, by default float32 on a CPU and else bfloat16.
+    - `mesh`: from `eqxdiff.make_mesh`, to spread weights and batches over devices.
+    - `revision`: branch, tag or commit of the repository.
+
+    **Raises:** `SettingError`, `SourceError`, `ConfigError` or `CheckpointError`.
+    """
+    plan = open_model(
+        name, weights, revision=revision, dtype=dtype, compute_dtype=compute_dtype, mesh=mesh
+    )
+    return Pipeline(plan.load(list(plan.family.components), progress=progress), plan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One image and how it came about.
+
+    **Fields:**
+
+    - `array`: float32, `(height, width, 3)`, in [0, 1]; `None` where nothing was decoded.
+    - `latent`: float32, `(channels, height, width)`, unit variance, unpacked.
+    - `seed`: that of this image alone.
+    - `settings`: as applied.
+    """
+
+    array: np.ndarray | None
+    latent: np.ndarray
+    prompt: str
+    seed: int
+    settings: Settings
+
+    @property
+    def image(self) -> PILImage.Image:
+        """The image in 8 bits."""
+        if self.array is None:
+            raise SettingError("This picture was not decoded.")
+        return PILImage.fromarray(np.uint8(np.round(self.array * 255)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `generate` returns: for each prompt in turn, its images.
+
+    **Fields:**
+
+    - `images`: PIL images.
+    - `arrays`: float32, `(n, height, width, 3)`, in [0, 1].
+    - `latents`: float32, `(n, channels, height / 8, width / 8)`: the final latents.
+    - `seeds`: of each image.
+    """
+
+    images: list[PILImage.Image]
+    arrays: np.ndarray
+    latents: np.ndarray
+    seeds: list[int]
+
+
+def generate(
+    pipe: Pipeline,
+    prompts: str | Sequence[str] | Encoded,
+    *,
+    seed: int = 0,
+    num_images: int = 1,
+    batch_size: int = 1,
+    noise: Float[np.ndarray, "n c h w"] | None = None,
+    progress: Progress | None = None,
+    **given: Any,
+) -> Result:
+    """Makes `num_images` images of each prompt.
+
+    Image `k` of a prompt starts from the noise of `jax.random.key(seed + k)`: the same alone, in
+    any batch and on any mesh.
+
+    **Arguments:**
+
+    - `prompts`: texts, or what `pipe.encode` made of them.
+    - `batch_size`: images in one compiled call. The last batch is padded, not recompiled.
+    - `noise`: the initial noise of all images, `(n, channels, height / 8, width / 8)`, of unit
+        variance, in place of that of the seeds.
+    - `progress`: called as `progress(what, done, total)`.
+    - `given`: fields of `Settings`: `steps`, `guidance`, `cfg`, `negative_prompt`, `height`,
+        `width`, `sampler` and so on, by default the model's.
+
+    **Raises:** `SettingError` where a setting is out of range or would be ignored.
+    """
+    settings = pipe.blueprint.resolve(given)
+    encoded = prompts if isinstance(prompts, Encoded) else pipe.encode(prompts, **given)
+    pictures = list(
+        generate_each(
+            pipe,
+            encoded,
+            settings,
+            seed=seed,
+            num_images=num_images,
+            batch_size=batch_size,
+            noise=noise,
+            progress=progress,
+        )
+    )
+    arrays = [picture.array for picture in pictures if picture.array is not None]
+    return Result(
+        [picture.image for picture in pictures],
+        np.stack(arrays),
+        np.stack([picture.latent for picture in pictures]),
+        [picture.seed for picture in pictures],
+    )
+
+
+def generate_each(
+    pipe: Pipeline,
+    encoded: Encoded,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    num_images: int = 1,
+    batch_size: int = 1,
+    noise: Float[np.ndarray, "n c h w"] | None = None,
+    decode: bool = True,
+    progress: Progress | None = None,
+) -> Iterator[Picture]:
+    """As `generate`, one picture after the other as each batch is done.
+
+    **Arguments:** as of `generate`, and
+
+    - `settings`: from `pipe.blueprint.resolve`.
+    - `decode`: `False` for latents alone; then the VAE need not be loaded.
+    """
+    plan = pipe.blueprint
+    family, configs = plan.family, plan.configs
+    check_range("num_images", num_images, 1)
+    check_range("batch_size", batch_size, 1)
+    check_range("seed", seed, 0, 2**32 - num_images)
+    h, w, c = family.latent_shape(configs, settings)
+    jobs = [(row, seed + k) for row in range(len(encoded.prompts)) for k in range(num_images)]
+    if noise is not None:
+        check_noise(noise, (len(jobs), c, h, w))
+    guidance = family.guidance(configs, settings)
+    if (guidance.classifier_free is None) != (encoded.unconditional is None):
+        raise SettingError("Encode the prompts with the guidance settings that they are used with.")
+    sampler = Sampler(
+        pipe.stage("denoiser"),
+        encoded.unconditional,
+        guidance,
+        family.schedule(configs, settings),
+        family.solver(configs, settings),
+        family,
+        plan.compute_dtype,
+        plan.mesh,
+    )
+    vae = pipe["vae"] if decode else None
+    total = -(-len(jobs) // batch_size) * settings.steps
+
+    for first in range(0, len(jobs), batch_size):
+        index = [min(first + i, len(jobs) - 1) for i in range(batch_size)]
+        rows = np.array([jobs[i][0] for i in index])
+        seeds = [jobs[i][1] for i in index]
+        unit = initial_noise(seeds, (c, h, w)) if noise is None else jnp.asarray(noise[index])
+        conditional = gather(encoded.conditional, rows)
+        done = first // batch_size * settings.steps
+        latents = sampler(unit, conditional, seeds, progress, done, total)
+        arrays: list[np.ndarray | None] = [None] * batch_size
+        if vae is not None:
+            dtype = family.decode_dtype(configs, plan.compute_dtype)
+            arrays = list(np.asarray(_decode(vae, latents, dtype, plan.mesh)))
+        final = np.asarray(latents.transpose(0, 3, 1, 2), np.float32)
+        for i in range(min(batch_size, len(jobs) - first)):
+            check_finite(arrays[i], final[i], encoded.prompts[rows[i]])
+            prompt = encoded.prompts[rows[i]]
+            yield Picture(arrays[i], final[i], prompt, seeds[i], settings)
+
+
+class Sampler(eqx.Module):
+    """What stays the same from batch to batch, and the loop over the steps.
+
+    Each step is one call of one compiled function with a traced index, so that progress needs no
+    host callback.
+    """
+
+    modules: Modules
+    unconditional: PyTree | None
+    guidance: Guidance
+    schedule: Schedule
+    solver: AbstractSolver
+    family: AbstractFamily
+    dtype: Any = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True)
+
+    def __call__(
+        self,
+        noise: Float[Array, "n c h w"],
+        conditional: PyTree,
+        seeds: Sequence[int],
+        progress: Progress | None,
+        done: int,
+        total: int,
+    ) -> Float[Array, "n h w c"]:
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        x = noise.astype(jnp.float32).transpose(0, 2, 3, 1)
+        x, keys, conditional = shard_batch((x, keys, conditional), self.mesh)
+        x, state = _start(self, x)
+        for index in range(self.schedule.steps):
+            if progress is not None:
+                progress("sampling", done + index, total)
+            x, state = _step((self, conditional, keys, jnp.asarray(index)), x, state)
+            if progress is not None:
+                x.block_until_ready()
+        if progress is not None:
+            progress("sampling", done + self.schedule.steps, total)
+        return x
+
+
+@eqx.filter_jit
+def _encode(family: AbstractFamily, modules: Modules, tokens: PyTree, dtype: Any) -> PyTree:
+    return family.encode(modules, tokens, dtype)
+
+
+@eqx.filter_jit
+def _start(sampler: Sampler, x: Float[Array, "n h w c"]) -> tuple[Array, PyTree]:
+    def one(x):
+        x = start(x, sampler.schedule)
+        return x, sampler.solver.init(x, sampler.schedule)
+
+    return jax.vmap(one)(x)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _step(fixed: PyTree, x: Float[Array, "n h w c"], state: PyTree) -> tuple[Array, PyTree]:
+    sampler, conditional, keys, index = fixed
+
+    def one(x, state, conditional, key):
+        denoiser = sampler.family.denoiser(
+            sampler.modules, conditional, sampler.unconditional, sampler.guidance, sampler.dtype
+        )
+        return step(denoiser, x, state, sampler.schedule, index, sampler.solver, key)
+
+    return _batched(one, sampler.mesh)(x, state, conditional, keys)
+
+
+@eqx.filter_jit
+def _decode(
+    vae: AutoencoderKL, latents: Float[Array, "n h w c"], dtype: Any, mesh: Mesh | None
+) -> Float[Array, "n H W 3"]:
+    def one(latent):
+        image = vae.decode(latent.astype(dtype)).astype(jnp.float32)
+        return jnp.clip(image / 2 + 0.5, 0, 1)
+
+    return _batched(one, mesh)(latents)
+
+
+def _batched(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
+    """Over a batch that is split over the mesh; without the names XLA would gather it."""
+    return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Array, "n c h w"]:
+    """Unit noise in float32: that of a seed depends on no other seed and on no device."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def gather(conditioning: PyTree, rows: np.ndarray) -> PyTree:
+    """The conditioning of a batch: one row of each array for each image."""
+    return jax.tree.map(lambda leaf: leaf[rows], conditioning)
+
+
+def check_noise(noise: np.ndarray, shape: tuple[int, ...]) -> None:
+    """**Raises:** `SettingError` where injected noise is misshapen or not finite."""
+    if noise.shape != shape:
+        raise SettingError(f"The noise has the shape {noise.shape}; these images need {shape}.")
+    if not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
+        raise SettingError("The noise is not made of finite floating point numbers.")
+
+
+def check_finite(array: np.ndarray | None, latent: np.ndarray, prompt: str) -> None:
+    """**Raises:** `EqxdiffError` rather than pass on a black picture."""
+    for name, value in (("latent", latent), ("decoded image", array)):
+        if value is not None and not np.isfinite(value).all():
+            raise EqxdiffError(
+                f"The {name} of the prompt {prompt[:40]!r} has values that are not finite. "
+                "Try --compute-dtype float32."
+            )
