@@ -48,16 +48,17 @@ def _layout(module: Any, table: Table) -> list[tuple[str, TensorInfo, list[Move]
         for move in items:
             moves.setdefault(move.tensor, []).append(move)
     layout = []
-    for tensor in sorted(moves, key=natural):
+    for tensor in moves:
         dtypes = {np.dtype(leaves[move.leaf].dtype) for move in moves[tensor]}
         if len(dtypes) > 1:
             names = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"{tensor} cannot be made of leaves of several dtypes: {names}")
         layout.append((tensor, TensorInfo(plan.shapes[tensor], dtypes.pop()), moves[tensor]))
-    return layout
+    # Wide numbers first: each tensor is then aligned to the size of its numbers in the file.
+    return sorted(layout, key=lambda item: (-item[1].dtype.itemsize, _natural(item[0])))
 
 
-def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+def _natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sorts `blocks.2` before `blocks.10`."""
     return tuple((not s.isdigit(), int(s) if s.isdigit() else 0, s) for s in name.split("."))
 

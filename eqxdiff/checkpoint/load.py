@@ -1,7 +1,14 @@
 """From a source of tensors to a module: leaf by leaf, each filled in place and cast on the way."""
 
+import contextlib
 import math
+import mmap
+import os
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +25,9 @@ Module = TypeVar("Module")
 
 CHUNK_BYTES = 4 << 20
 """A tensor is read, checked and cast in pieces of this size, which stay in the cache."""
+
+HUGE_BYTES = 4 << 20
+MOST_THREADS = 8
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
@@ -103,18 +113,23 @@ def load_module(
     _check_kinds(plan, source, dtypes, name)
     check_copies(source, plan, name)
     place = _placement(sharding, skeleton)
-    total = sum(math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items())
-    done, values = 0, []
-    for path_entries, leaf in flat:
-        if not is_leaf(leaf):
-            values.append(leaf)
-            continue
-        path = dotted(path_entries)
-        values.append(_load_leaf(source, plan, path, shapes[path], dtypes[path], place, name))
-        done += math.prod(shapes[path]) * dtypes[path].itemsize
-        if progress is not None:
-            progress(done, total)
-    return jax.tree_util.tree_unflatten(treedef, values)
+    nbytes = {path: math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items()}
+    done, values, arriving = 0, [], []
+    with _Reader(source, name) as reader:
+        for entries, leaf in flat:
+            if not is_leaf(leaf):
+                values.append(leaf)
+                continue
+            path = dotted(entries)
+            array = _load_leaf(reader, plan, path, shapes[path], dtypes[path], place)
+            # one leaf may be on its way to a device while the next is read, not more
+            jax.block_until_ready(arriving)
+            arriving = [array]
+            values.append(array)
+            done += nbytes[path]
+            if progress is not None:
+                progress(done, sum(nbytes.values()))
+    return jax.tree_util.tree_unflatten(treedef, jax.block_until_ready(values))
 
 
 def _leaf_dtype(own: Any, wanted: DTypeLike | None) -> np.dtype:
@@ -147,38 +162,42 @@ def _placement(sharding: Any, skeleton: Any) -> Callable[[str, Shape], Any]:
 
 
 def _load_leaf(
-    source: AbstractTensorSource,
+    reader: "_Reader",
     plan: Plan,
     leaf: str,
     shape: Shape,
     dtype: np.dtype,
     place: Callable[[str, Shape], Any],
-    name: str,
 ) -> jax.Array:
     sharding = place(leaf, shape)
-
-    def fill(index: Index) -> np.ndarray:
-        return _fill_leaf(source, plan, leaf, index, dtype, name)
-
     if sharding is None:
-        return put(fill(tuple((0, size) for size in shape)), None)
+        return put(reader.fill(plan, leaf, tuple((0, size) for size in shape), dtype), None)
     boxes: dict[Index, list[Any]] = {}
     for device, slices in sharding.addressable_devices_indices_map(shape).items():
         index = tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
         boxes.setdefault(index, []).append(device)
     shards = []
     for index, devices in boxes.items():
-        buffer = fill(index)
+        buffer = reader.fill(plan, leaf, index, dtype)
         shards += [put(buffer, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that a CPU device can take over as it is."""
+    """An uninitialised array that a CPU device can take over as it is.
+
+    Where it is large it lies in huge pages if the system has them: faulting in the usual ones takes
+    several times as long as reading the file does.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    if nbytes < HUGE_BYTES or sys.platform != "linux":
+        memory = np.empty(nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        return memory[start : start + nbytes].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def put(buffer: np.ndarray, device: Any) -> jax.Array:
@@ -186,18 +205,91 @@ def put(buffer: np.ndarray, device: Any) -> jax.Array:
     return jax.device_put(buffer, device, may_alias=True)
 
 
-def _fill_leaf(
-    source: AbstractTensorSource, plan: Plan, leaf: str, index: Index, dtype: np.dtype, name: str
-) -> np.ndarray:
-    """The box `index` of a leaf."""
-    buffer = aligned_empty(tuple(stop - start for start, stop in index), dtype)
-    for layer, value in plan.fills.get(leaf, ()):
-        _layer(buffer, layer, index)[0][...] = dtype.type(value)
-    for move in plan.moves.get(leaf, ()):
-        target, box = _layer(buffer, move.layer, index)
-        if target.size and (part := _overlap(move, target, box)) is not None:
-            _read_piece(source, move, *part, name=name)
-    return buffer
+class _Reader:
+    """Fills leaves with several threads: reading, checking and casting one piece each."""
+
+    def __init__(self, source: AbstractTensorSource, name: str):
+        self._source, self._tensors, self._name = source, source.tensors, name
+        self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
+        self._scratch = threading.local()
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def fill(self, plan: Plan, leaf: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The box `index` of a leaf."""
+        buffer = aligned_empty(tuple(stop - start for start, stop in index), dtype)
+        for layer, value in plan.fills.get(leaf, ()):
+            _layer(buffer, layer, index)[0][...] = dtype.type(value)
+        tasks = []
+        for move in plan.moves.get(leaf, ()):
+            target, box = _layer(buffer, move.layer, index)
+            if target.size and (part := _overlap(move, target, box)) is not None:
+                tasks += self._tasks(move, *part)
+        if len(tasks) == 1:
+            tasks[0]()
+        else:
+            list(self._threads.map(lambda task: task(), tasks))
+        return buffer
+
+    def _tasks(self, move: Move, out: np.ndarray, box: Index) -> list[Callable[[], None]]:
+        """Work that fills `out` with a box of what a move yields, in coordinates of its `ours`."""
+        if move.axes is not None:
+            order = np.argsort(move.axes)
+            out, box = out.transpose(order), tuple(box[i] for i in order)
+        if move.theirs == move.between:
+            return [partial(self._piece, move, *piece) for piece in self._pieces(move, out, box)]
+
+        def reshaped() -> None:
+            whole = np.empty(move.theirs, out.dtype)
+            for piece in self._pieces(move, whole, tuple((0, size) for size in move.theirs)):
+                self._piece(move, *piece)
+            out[...] = whole.reshape(move.between)[tuple(slice(*bounds) for bounds in box)]
+
+        return [reshaped]
+
+    def _pieces(self, move: Move, out: np.ndarray, box: Index) -> list[tuple[np.ndarray, Index]]:
+        """Cuts a box of a move's rows into pieces of the tensor that are about a chunk long."""
+        if not box:
+            return [(out, box)]
+        low, high = (move.start + bound for bound in box[0])
+        itemsize = self._tensors[move.tensor].dtype.itemsize
+        row = max(math.prod(stop - start for start, stop in box[1:]) * itemsize, 1)
+        step = max(CHUNK_BYTES // row, 1)
+        return [
+            (out[a - low : a - low + step], ((a, min(a + step, high)), *box[1:]))
+            for a in range(low, high, step)
+        ]
+
+    def _piece(self, move: Move, out: np.ndarray, index: Index) -> None:
+        dtype = self._tensors[move.tensor].dtype
+        in_place = dtype == out.dtype and move.scale is None and out.flags.c_contiguous
+        piece = out if in_place else self._scratch_like(out, dtype)
+        self._source.read(move.tensor, index, piece)
+        if not is_finite(piece):
+            raise CheckpointError(f"{self._name}: {move.tensor} holds a value that is not finite.")
+        if in_place:
+            return
+        if move.scale is not None:
+            wide = np.promote_types(dtype, np.float32)
+            piece = piece.astype(wide) * wide.type(move.scale)
+        with np.errstate(over="ignore"):
+            out[...] = piece
+        if out.dtype.itemsize < dtype.itemsize and not is_finite(np.ascontiguousarray(out)):
+            raise CheckpointError(
+                f"{self._name}: {move.tensor} holds a value too large for {out.dtype}."
+            )
+
+    def _scratch_like(self, out: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """This thread's own memory; fresh memory for each piece would cost as much as the read."""
+        nbytes = out.size * dtype.itemsize
+        scratch = vars(self._scratch).get("memory")
+        if scratch is None or scratch.size < nbytes:
+            scratch = self._scratch.memory = np.empty(nbytes, np.uint8)
+        return scratch[:nbytes].view(dtype).reshape(out.shape)
 
 
 def _layer(buffer: np.ndarray, layer: int | None, index: Index) -> tuple[np.ndarray, Index]:
@@ -219,56 +311,6 @@ def _overlap(move: Move, target: np.ndarray, box: Index) -> tuple[np.ndarray, In
         return None
     rows = target[start - box[0][0] : stop - box[0][0]]
     return rows, ((start - move.low, stop - move.low), *box[1:])
-
-
-def _read_piece(
-    source: AbstractTensorSource, move: Move, out: np.ndarray, box: Index, *, name: str
-) -> None:
-    """Fills `out` with the box of what a move yields, `box` in coordinates of `move.ours`."""
-    if move.axes is not None:
-        order = np.argsort(move.axes)
-        out, box = out.transpose(order), tuple(box[i] for i in order)
-    if move.theirs != move.between:
-        whole = np.empty(move.theirs, out.dtype)
-        _read_box(source, move, whole, tuple((0, size) for size in move.theirs), name)
-        out[...] = whole.reshape(move.between)[tuple(slice(*bounds) for bounds in box)]
-    else:
-        _read_box(source, move, out, box, name)
-
-
-def _read_box(
-    source: AbstractTensorSource, move: Move, out: np.ndarray, box: Index, name: str
-) -> None:
-    """Fills `out` with a box of a move's rows of its tensor, in pieces that stay in cache."""
-    info = source.tensors[move.tensor]
-    if not box:
-        pieces = [(out, box)]
-    else:
-        low, high = (move.start + bound for bound in box[0])
-        row = max(math.prod(stop - start for start, stop in box[1:]) * info.dtype.itemsize, 1)
-        step = max(CHUNK_BYTES // row, 1)
-        pieces = [
-            (out[a - low : a - low + step], ((a, min(a + step, high)), *box[1:]))
-            for a in range(low, high, step)
-        ]
-    direct = info.dtype == out.dtype and move.scale is None
-    scratch = np.empty(0, info.dtype)
-    for target, bounds in pieces:
-        in_place = direct and target.flags.c_contiguous
-        if in_place:
-            piece = target
-        else:
-            if scratch.size < target.size:
-                scratch = np.empty(target.size, info.dtype)
-            piece = scratch[: target.size].reshape(target.shape)
-        source.read(move.tensor, bounds, piece)
-        if not is_finite(piece):
-            raise CheckpointError(f"{name}: {move.tensor} holds a value that is not finite.")
-        if not in_place:
-            if move.scale is not None:
-                wide = np.promote_types(piece.dtype, np.float32)
-                piece = piece.astype(wide) * wide.type(move.scale)
-            target[...] = piece.astype(out.dtype, copy=False)
 
 
 def is_finite(array: np.ndarray) -> bool:

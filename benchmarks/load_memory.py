@@ -1,0 +1,124 @@
+"""Peak memory and time of loading a checkpoint, over the size of the parameters as loaded.
+
+Makes a checkpoint of 2.2 GB in bfloat16, of stacked blocks whose largest leaf is a third of it,
+and loads it in a process of its own, as bfloat16 and as float32. The figure is the growth of the
+peak resident memory since just before loading, over the bytes of the parameters: at most 1.1.
+
+    python benchmarks/load_memory.py [--json] [--layers 22] [--folder DIR]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from eqxdiff.checkpoint import Table, export_infos, load_module
+from eqxdiff.checkpoint.safetensors import SafetensorsFile
+from eqxdiff.checkpoint.save import write_tensors
+from eqxdiff.nn import MLP, Linear, gelu_tanh, stack
+
+
+DIM = 2048
+TABLE = Table.parse('stack = ["blocks"]')
+
+
+class Block(eqx.Module):
+    to_q: Linear
+    to_k: Linear
+    to_v: Linear
+    to_out: Linear
+    ff: MLP
+
+
+class Net(eqx.Module):
+    proj_in: Linear
+    blocks: Block
+
+    @classmethod
+    def init(cls, layers: int, dtype):
+        def block(key):
+            linear = lambda: Linear.init(DIM, DIM, key=key, dtype=dtype)
+            ff = MLP.init(DIM, 4 * DIM, activation=gelu_tanh, key=key, dtype=dtype)
+            return Block(linear(), linear(), linear(), linear(), ff)
+
+        key = jax.random.key(0)
+        return cls(Linear.init(64, DIM, key=key, dtype=dtype), stack(block, layers, key=key))
+
+
+def make(path: Path, layers: int) -> None:
+    """Random numbers, made once and repeated, written one tensor at a time."""
+    infos = export_infos(eqx.filter_eval_shape(lambda: Net.init(layers, jnp.bfloat16)), TABLE)
+    noise = np.random.RandomState(0).standard_normal(4 * DIM * DIM).astype(ml_dtypes.bfloat16)
+    tensors = ((n, np.resize(noise, info.shape)) for n, info in infos.items())
+    write_tensors(path, infos, tensors, {})
+
+
+def status(field: str) -> int:
+    """A size of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def load(path: Path, layers: int, dtype: str) -> dict[str, float]:
+    """Loads in this process."""
+    skeleton = eqx.filter_eval_shape(lambda: Net.init(layers, jnp.bfloat16))
+    jax.block_until_ready(jax.device_put(np.zeros(1), None))
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = status("VmRSS")
+    begin = time.perf_counter()
+    net = load_module(SafetensorsFile(path), TABLE, skeleton, dtype=dtype)
+    jax.block_until_ready(jax.tree_util.tree_leaves(net))
+    seconds = time.perf_counter() - begin
+    parameters = sum(
+        leaf.nbytes for leaf in jax.tree_util.tree_leaves(eqx.filter(net, eqx.is_array))
+    )
+    return {
+        "parameters_bytes": parameters,
+        "peak_bytes": status("VmHWM") - before,
+        "peak_over_parameters": (status("VmHWM") - before) / parameters,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, and removed")
+    parser.add_argument("--load", nargs=2, metavar=("FILE", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        print(json.dumps(load(Path(args.load[0]), args.layers, args.load[1])))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "model.safetensors"
+        make(path, args.layers)
+        size = path.stat().st_size
+        for dtype in ("bfloat16", "float32"):
+            command = [sys.executable, __file__, "--layers", str(args.layers)]
+            command += ["--load", str(path), dtype]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[dtype] = json.loads(output)
+    if args.json:
+        print(json.dumps({"file_bytes": size, **results}, indent=2))
+        return
+    print(f"checkpoint: {size / 1e9:.2f} GB in bfloat16")
+    for dtype, r in results.items():
+        print(
+            f"as {dtype}: {r['parameters_bytes'] / 1e9:.2f} GB of parameters, peak memory "
+            f"{r['peak_over_parameters']:.3f} times that, {r['seconds']:.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
