@@ -37,10 +37,6 @@ def t5_files() -> Mapping[str, str]:
     special = ["<pad>", "</s>", "<unk>", *extra]
     tokens = [piece for piece, _ in pieces] + extra[::-1]
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
-    both = {
-        "A": {"Sequence": {"id": "A", "type_id": 0}},
-        "B": {"Sequence": {"id": "B", "type_id": 0}},
-    }
     end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokenizer = {
