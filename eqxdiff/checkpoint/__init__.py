@@ -1,6 +1,7 @@
 """Weights: key tables, strict loading leaf by leaf, and saving."""
 
 from .export import export_infos as export_infos, export_tensors as export_tensors
+from .hub import Source as Source, open_source as open_source
 from .load import check as check, leaf_paths as leaf_paths, load_module as load_module
 from .safetensors import SafetensorsFile as SafetensorsFile
 from .save import save_module as save_module

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -31,6 +32,15 @@ class AbstractTensorSource(abc.ABC):
     @abc.abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the source by name."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The floating point dtype that most bytes are in; float32 where there are none."""
+        sizes: dict[np.dtype, int] = {np.dtype(np.float32): 0}
+        for info in self.tensors.values():
+            if jnp.issubdtype(info.dtype, jnp.floating):
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     @abc.abstractmethod
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
