@@ -37,6 +37,7 @@ def t5_files() -> Mapping[str, str]:
     special = ["<pad>", "</s>", "<unk>", *extra]
     tokens = [piece for piece, _ in pieces] + extra[::-1]
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+    first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
     end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokenizer = {
