@@ -422,11 +422,11 @@ def open_source(
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         if revision is not None:
             raise SourceError(f"{text} is a local folder, which has no revision {revision!r}.")
         return Source(Folder(path))
-    if path.exists():
+    if text and path.exists():
         raise SourceError(f"{text} is a file, but a folder in the diffusers layout is expected.")
     repository = re.sub(r"^https://(huggingface\.co|hf\.co)/|/$", "", text)
     if not isinstance(name_or_path, str) or not REPOSITORY.fullmatch(repository):

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from .._errors import CheckpointError
+from .source import show
 from .table import Table, Use
 
 
@@ -268,7 +269,11 @@ def _check_file(
 
 
 def _starred(name: str) -> str:
-    return ".".join("#" if segment.isdigit() else segment for segment in name.split("."))
+    return ".".join("#" if _is_index(segment) else segment for segment in name.split("."))
+
+
+def _is_index(segment: str) -> bool:
+    return segment.isascii() and segment.isdigit() and len(segment) < 10
 
 
 def condense(names: Collection[str], universe: Collection[str]) -> list[str]:
@@ -286,7 +291,7 @@ def condense(names: Collection[str], universe: Collection[str]) -> list[str]:
     lines = []
     for members in groups.values():
         count = sum(labels[label] for label in members)
-        text = _merge(members)
+        text = show(_merge(members))
         lines.append(text if count == 1 else f"{text} ({count} tensors)")
     return _shorten(lines)
 

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from .._errors import CheckpointError
-from .source import AbstractTensorSource, Index, TensorInfo
+from .source import AbstractTensorSource, Index, TensorInfo, show
 
 
 DTYPES = {
@@ -45,6 +45,7 @@ DTYPES = {
 
 MOST_HEADER_BYTES = 100_000_000
 MOST_AXES = 32
+MOST_NAME = 1000
 
 SHORT_RUN_BYTES = 16 << 10
 """Scattered pieces shorter than this are cut from longer reads, instead of one read each."""
@@ -228,8 +229,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    if not name.isprintable():
-        raise _Invalid(f"the name {show(name)} cannot be printed")
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise _Invalid(f"the name {show(name)} cannot be printed or is too long")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Invalid(f"{show(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -252,12 +253,6 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
-
-
-def show(name: str) -> str:
-    """A name from a file, safe to print and of bounded length."""
-    text = name if name.isprintable() and name else ascii(name)
-    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
 
 
 def _not_safetensors(head: bytes) -> str:

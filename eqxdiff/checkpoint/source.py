@@ -64,3 +64,9 @@ class InMemory(AbstractTensorSource):
 
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
         out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in index)]
+
+
+def show(name: str) -> str:
+    """A name from a file, safe to print and of bounded length."""
+    text = name if name.isprintable() and name else ascii(name)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
