@@ -11,6 +11,17 @@ from ._errors import (
     SourceError as SourceError,
 )
 from .models import Settings as Settings, find_model as find_model, model_names as model_names
+from .pipeline import (
+    Blueprint as Blueprint,
+    Encoded as Encoded,
+    Picture as Picture,
+    Pipeline as Pipeline,
+    Result as Result,
+    generate as generate,
+    generate_each as generate_each,
+    load as load,
+    open_model as open_model,
+)
 from .sampling import sample as sample
 from .sharding import make_mesh as make_mesh
 

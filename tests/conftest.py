@@ -8,9 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
-from jaxtyping import install_import_hook
-
 import typecheck as typecheck
+from jaxtyping import install_import_hook
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

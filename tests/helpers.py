@@ -1,12 +1,17 @@
 """What several tests share: deterministic weights and the measure of error."""
 
+import re
 import zlib
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
+MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def fake_tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
@@ -32,3 +37,31 @@ def relative_error(value, reference) -> float:
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def read_manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a real checkpoint, from `manifests/{name}.txt`.
+
+    A line is a name and its sizes; `{0..11}` in a name stands for each of these numbers.
+    """
+    manifest = {}
+    for line in (MANIFESTS / f"{name}.txt").read_text().splitlines():
+        pattern, *sizes = line.split()
+        names = [pattern]
+        while match := re.search(r"\{(\d+)\.\.(\d+)\}", names[0]):
+            numbers = range(int(match[1]), int(match[2]) + 1)
+            names = [each.replace(match[0], str(n), 1) for each in names for n in numbers]
+        manifest |= dict.fromkeys(names, tuple(map(int, sizes)))
+    return manifest
+
+
+def fake_module(init, *args, dtype=np.float32, gain: float = 1.0):
+    """The module that `init(*args, key=..., dtype=...)` would make, filled with `fake_tensor`s."""
+    make = lambda: init(*args, key=jax.random.key(0), dtype=dtype)
+    skeleton = eqx.filter_eval_shape(make)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jnp.asarray(fake_tensor(name, leaf.shape, gain), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, skeleton)

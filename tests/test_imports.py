@@ -4,8 +4,9 @@ import ast
 import sys
 from pathlib import Path
 
-import eqxdiff
 import pytest
+
+import eqxdiff
 
 
 PACKAGE = Path(eqxdiff.__file__).parent
@@ -27,7 +28,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # What may be imported from outside.
 RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "numpy", "optax"}
-RUN_TIME |= {"PIL", "safetensors", "tokenizers", "typer"}
+RUN_TIME |= {"PIL", "safetensors", "scipy", "tokenizers", "typer"}
 
 
 def imports(path: Path):

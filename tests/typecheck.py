@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: beartype, but for `Self`, which it only knows in classes."""
+"""The run-time type checker of the tests."""
 
 import typing
 
@@ -6,7 +6,7 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 
 CONF = BeartypeConf(
-    hint_overrides=FrozenDict({typing.Self: typing.Any}),
+    hint_overrides=FrozenDict({typing.Self: typing.Any}),  # only known in decorated classes
     is_pep484_tower=True,  # an int is a float, as for every static checker
 )
 check = beartype(conf=CONF)

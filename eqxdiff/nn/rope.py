@@ -32,8 +32,9 @@ def apply_rope(
     x: Float[Array, "tokens heads dim"], pe: Float[Array, "tokens 2 half"]
 ) -> Float[Array, "tokens heads dim"]:
     """Turns neighbouring pairs of features, in at least float32, and returns the dtype of `x`."""
-    cos, sin = pe[:, 0, None, :], pe[:, 1, None, :]
-    pairs = x.astype(pe.dtype).reshape(*x.shape[:-1], -1, 2)
+    wide = at_least_float32(x.dtype)
+    cos, sin = pe[:, 0, None, :].astype(wide), pe[:, 1, None, :].astype(wide)
+    pairs = x.astype(wide).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
-from eqxdiff.checkpoint import InMemory, export_infos, load_module, read_table
+from eqxdiff.checkpoint import InMemory, check, export_infos, load_module, read_table
 from eqxdiff.models.flux1 import Transformer, TransformerConfig, patchify, positions, unpatchify
-
-from helpers import FIXTURES, fake_tensor, relative_error
 
 
 CONFIG = TransformerConfig(
@@ -99,7 +98,15 @@ def test_patches_are_channel_row_column():
     assert jnp.array_equal(unpatchify(patches, 4, 6), x)
 
 
-def test_full_size_has_the_published_parameters():
-    config = TransformerConfig(guidance_embeds=True)
+@pytest.mark.parametrize(
+    ("kind", "parameters"), [("dev", 11_901_408_320), ("schnell", 11_891_178_560)]
+)
+def test_full_size_maps_completely(kind, parameters):
+    config = TransformerConfig(guidance_embeds=kind == "dev")
     skeleton = eqx.filter_eval_shape(lambda: Transformer.init(config, key=jax.random.key(0)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(skeleton)) == 11_901_408_320
+    manifest = read_manifest(f"flux1_{kind}")
+    table = read_table("flux1_transformer")
+    check(manifest, table, skeleton)
+    exported = {name: info.shape for name, info in export_infos(skeleton, table).items()}
+    assert exported == manifest
+    assert sum(leaf.size for leaf in jax.tree.leaves(skeleton)) == parameters

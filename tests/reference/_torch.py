@@ -1,5 +1,6 @@
 """What the recording scripts share: our deterministic weights in a PyTorch module."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -23,3 +24,19 @@ def fill(module: torch.nn.Module, gain: float = 1.0, prefix: str = "") -> torch.
             state[name] = torch.from_numpy(value).to(tensor.dtype)
     module.load_state_dict(state)
     return module.eval().requires_grad_(False)
+
+
+def write_manifest(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes tensor names and shapes as `helpers.read_manifest` reads them, blocks in one line."""
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for tensor, shape in shapes.items():
+        head, index, tail = re.fullmatch(r"(?:(.*?_blocks)\.(\d+)\.)?(.*)", tensor).groups()
+        pattern = tail if head is None else f"{head}.#.{tail}"
+        groups.setdefault((pattern, tuple(shape)), []).append(int(index or 0))
+    lines = []
+    for (pattern, shape), indices in groups.items():
+        if "#" in pattern and indices == list(range(len(indices))):
+            pattern = pattern.replace("#", f"{{0..{len(indices) - 1}}}")
+        assert "#" not in pattern, f"{pattern} has layers {indices}"
+        lines.append(" ".join([pattern, *map(str, shape)]))
+    (FIXTURES.parent / "manifests" / f"{name}.txt").write_text("\n".join(lines) + "\n")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from _torch import FIXTURES, fill
+from _torch import FIXTURES, fill, write_manifest
 from diffusers import FluxTransformer2DModel
 from diffusers.utils import logging
 
@@ -52,6 +52,10 @@ def run(model, x: dict[str, np.ndarray], h: int, w: int, dtype) -> np.ndarray:
 
 def main() -> None:
     logging.set_verbosity_error()
+    for kind, embeds in (("dev", True), ("schnell", False)):
+        with torch.device("meta"):
+            state = FluxTransformer2DModel(guidance_embeds=embeds).state_dict()
+        write_manifest(f"flux1_{kind}", {name: tensor.shape for name, tensor in state.items()})
     record = {}
     for kind, embeds in (("dev", True), ("schnell", False)):
         model = fill(FluxTransformer2DModel(**CONFIG, guidance_embeds=embeds))
