@@ -113,7 +113,7 @@ def compile_plan(
             if not found:
                 missing.append(tensor)
             spellings.update((other, tensor) for other in found[1:] if file is not None)
-            move, whole = _move(table, sites, path, use, tensor)
+            move, whole = _move(table, sites, path, use, tensor, file)
             moves[site.leaf].append(move)
             rows[tensor].append((move.start, move.stop))
             if shapes.setdefault(tensor, whole) != whole:
@@ -147,8 +147,13 @@ def _sites(table: Table, leaves: Mapping[str, Shape]) -> dict[str, _Site]:
     return sites
 
 
-def _rows_of(table: Table, path: str, shape: Shape, parts: int) -> tuple[Shape, Shape, Shape]:
-    """The shapes of one of `parts` equal parts of a leaf: `(theirs, between, ours)`."""
+def _rows_of(
+    table: Table, path: str, shape: Shape, parts: int, choice: int
+) -> tuple[Shape, Shape, Shape]:
+    """The shapes of one of `parts` equal parts of a leaf: `(theirs, between, ours)`.
+
+    `choice` says which of the reshapes that a row allows is meant.
+    """
     where = f"{table.name}.toml: {path} of shape {shape}"
     if parts > 1 and (not shape or shape[0] % parts):
         raise ValueError(f"{where} has no {parts} equal parts")
@@ -159,9 +164,10 @@ def _rows_of(table: Table, path: str, shape: Shape, parts: int) -> tuple[Shape, 
         if len(axes) != len(ours):
             raise ValueError(f"{where} cannot be transposed by {axes}")
         between = tuple(ours[i] for i in np.argsort(axes))
-    reshape = table.reshape_of(path)
+    reshapes = table.reshapes_of(path)
     theirs: Shape = between
-    if reshape is not None:
+    if reshapes:
+        reshape = reshapes[min(choice, len(reshapes) - 1)]
         if any(size == 0 and i >= len(between) for i, size in enumerate(reshape)):
             raise ValueError(f"{where} has too few axes for the reshape {reshape}")
         sizes = [between[i] if size == 0 else size for i, size in enumerate(reshape)]
@@ -173,18 +179,37 @@ def _rows_of(table: Table, path: str, shape: Shape, parts: int) -> tuple[Shape, 
 
 
 def _move(
-    table: Table, sites: Mapping[str, _Site], path: str, use: Use, tensor: str
+    table: Table,
+    sites: Mapping[str, _Site],
+    path: str,
+    use: Use,
+    tensor: str,
+    file: Mapping[str, Shape] | None,
 ) -> tuple[Move, Shape]:
-    """One move, and the shape of the whole tensor."""
+    """One move, and the shape of the whole tensor; of several reshapes that which fits the file."""
+    first = _move_by(table, sites, path, use, tensor, 0)
+    if file is not None and tensor in file:
+        for choice in range(1, len(table.reshapes_of(path))):
+            if first[1] == tuple(file[tensor]):
+                break
+            other = _move_by(table, sites, path, use, tensor, choice)
+            if other[1] == tuple(file[tensor]):
+                return other
+    return first
+
+
+def _move_by(
+    table: Table, sites: Mapping[str, _Site], path: str, use: Use, tensor: str, choice: int
+) -> tuple[Move, Shape]:
     site = sites[path]
-    theirs, between, ours = _rows_of(table, path, site.shape, use.parts)
+    theirs, between, ours = _rows_of(table, path, site.shape, use.parts, choice)
 
     def extent(siblings: Iterable[tuple[str, int]]) -> int:
         total = 0
         for sibling, parts in siblings:
             if sibling not in sites:
                 raise ValueError(f"{table.name}.toml: {tensor} needs the leaf {sibling}")
-            shape = _rows_of(table, sibling, sites[sibling].shape, parts)[0]
+            shape = _rows_of(table, sibling, sites[sibling].shape, parts, choice)[0]
             if shape[1:] != theirs[1:] or not shape:
                 raise ValueError(f"{table.name}.toml: {sibling} and {path} cannot share {tensor}")
             total += shape[0]

@@ -24,6 +24,7 @@ drop = [".position_ids"]             # tensors of the file that are not used
 
 [reshape]     # ours = the file's shape, where 0 copies our dimension and -1 is what remains
 ".to_q.weight" = [0, 0, 1, 1]
+".to_k.weight" = [[0, 0, 1, 1], [0, 0]]   # or the shapes seen, of which the first is written
 
 [scale]       # ours = the file's times this
 "logit_scale" = 0.01
@@ -136,7 +137,7 @@ class Table:
     split: tuple[tuple[Pattern, tuple[Part, ...]], ...] = ()
     concat: tuple[tuple[Pattern, tuple[Pattern, ...]], ...] = ()
     transpose: tuple[tuple[Pattern, tuple[int, ...]], ...] = ()
-    reshape: tuple[tuple[Pattern, tuple[int, ...]], ...] = ()
+    reshape: tuple[tuple[Pattern, tuple[tuple[int, ...], ...]], ...] = ()
     scale: tuple[tuple[Pattern, float], ...] = ()
     optional: tuple[tuple[Pattern, float], ...] = ()
 
@@ -225,8 +226,8 @@ class Table:
     def transpose_of(self, name: str) -> tuple[int, ...] | None:
         return self._modifier(self.transpose, name)
 
-    def reshape_of(self, name: str) -> tuple[int, ...] | None:
-        return self._modifier(self.reshape, name)
+    def reshapes_of(self, name: str) -> tuple[tuple[int, ...], ...]:
+        return self._modifier(self.reshape, name) or ()
 
     def scale_of(self, name: str) -> float | None:
         return self._modifier(self.scale, name)
@@ -269,9 +270,12 @@ def _parse(rows: Mapping[str, Any]) -> dict[str, Any]:
         _same_shape(Pattern.parse(whole), [part.pattern for part in parts])
         splits.append((Pattern.parse(whole), parts))
     table["split"] = tuple(splits)
-    for key in ("transpose", "reshape"):
-        items = rows.get(key, {}).items()
-        table[key] = tuple((Pattern.parse(ours), tuple(map(_integer, v))) for ours, v in items)
+    items = rows.get("transpose", {}).items()
+    table["transpose"] = tuple((Pattern.parse(ours), _integers(axes)) for ours, axes in items)
+    table["reshape"] = tuple(
+        (Pattern.parse(ours), tuple(map(_integers, _nested(shapes))))
+        for ours, shapes in rows.get("reshape", {}).items()
+    )
     for key in ("scale", "optional"):
         table[key] = tuple((Pattern.parse(o), _number(v)) for o, v in rows.get(key, {}).items())
     for pattern, axes in table["transpose"]:
@@ -298,10 +302,14 @@ def _strings(value: Any, key: str) -> list[str]:
     return value
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value
+def _integers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(v) is not int for v in value):
+        raise ValueError(f"{value!r} is not a list of integers")
+    return tuple(value)
+
+
+def _nested(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
 
 
 def _number(value: Any) -> float:
