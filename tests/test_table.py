@@ -201,6 +201,9 @@ def test_optional_leaves_are_filled_and_dropped_tensors_ignored():
     file = arrays(**{"a.weight": (2,), "x.position_ids": (1,), "ema.3.w": (1,)})
     module = load_module(InMemory(file), table, skeleton(**{"a.weight": (2,), "a.bias": (2, 3)}))
     np.testing.assert_array_equal(module["a"]["bias"], np.full((2, 3), 0.5, "f4"))
+    file |= arrays(**{"a.bias": (2, 3)})
+    module = load_module(InMemory(file), table, skeleton(**{"a.weight": (2,), "a.bias": (2, 3)}))
+    np.testing.assert_array_equal(module["a"]["bias"], file["a.bias"])
 
 
 def problems(file, table, want):

@@ -98,7 +98,7 @@ def load_module(
       shape to one; or a PyTree of them like the skeleton; `None` for the default device. Each
       process reads only what its own devices hold.
     - `name`: what errors call the file.
-    - `progress`: called with the bytes done and the bytes in all, after each leaf.
+    - `progress`: called now and then with the bytes done and the bytes in all.
 
     **Raises:** `CheckpointError` where the file is damaged, does not hold exactly the tensors that
     the table asks for in the right shapes, or holds a value that is not finite.
@@ -114,8 +114,13 @@ def load_module(
     check_copies(source, plan, name)
     place = _placement(sharding, skeleton)
     nbytes = {path: math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items()}
-    done, values, arriving = 0, [], []
-    with _Reader(source, name) as reader:
+    total, done, values, arriving = sum(nbytes.values()), 0, [], []
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(min(done + count, total), total)
+
+    with _Reader(source, name, advance) as reader:
         for entries, leaf in flat:
             if not is_leaf(leaf):
                 values.append(leaf)
@@ -127,8 +132,7 @@ def load_module(
             arriving = [array]
             values.append(array)
             done += nbytes[path]
-            if progress is not None:
-                progress(done, sum(nbytes.values()))
+            advance(0)
     return jax.tree_util.tree_unflatten(treedef, jax.block_until_ready(values))
 
 
@@ -208,8 +212,10 @@ def put(buffer: np.ndarray, device: Any) -> jax.Array:
 class _Reader:
     """Fills leaves with several threads: reading, checking and casting one piece each."""
 
-    def __init__(self, source: AbstractTensorSource, name: str):
+    def __init__(self, source: AbstractTensorSource, name: str, advance: Callable[[int], None]):
+        """`advance` is told how many bytes of a leaf are filled."""
         self._source, self._tensors, self._name = source, source.tensors, name
+        self._advance = advance
         self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
         self._scratch = threading.local()
 
@@ -231,23 +237,30 @@ class _Reader:
                 tasks += self._tasks(move, *part)
         if len(tasks) == 1:
             tasks[0]()
-        else:
-            list(self._threads.map(lambda task: task(), tasks))
+            return buffer
+        filled = 0
+        for count in self._threads.map(lambda task: task(), tasks):
+            filled += count
+            self._advance(filled)
         return buffer
 
-    def _tasks(self, move: Move, out: np.ndarray, box: Index) -> list[Callable[[], None]]:
-        """Work that fills `out` with a box of what a move yields, in coordinates of its `ours`."""
+    def _tasks(self, move: Move, out: np.ndarray, box: Index) -> list[Callable[[], int]]:
+        """Work that fills `out` with a box of what a move yields, in coordinates of its `ours`.
+
+        Each task returns how many bytes it has filled.
+        """
         if move.axes is not None:
             order = np.argsort(move.axes)
             out, box = out.transpose(order), tuple(box[i] for i in order)
         if move.theirs == move.between:
             return [partial(self._piece, move, *piece) for piece in self._pieces(move, out, box)]
 
-        def reshaped() -> None:
+        def reshaped() -> int:
             whole = np.empty(move.theirs, out.dtype)
             for piece in self._pieces(move, whole, tuple((0, size) for size in move.theirs)):
                 self._piece(move, *piece)
             out[...] = whole.reshape(move.between)[tuple(slice(*bounds) for bounds in box)]
+            return out.nbytes
 
         return [reshaped]
 
@@ -264,7 +277,7 @@ class _Reader:
             for a in range(low, high, step)
         ]
 
-    def _piece(self, move: Move, out: np.ndarray, index: Index) -> None:
+    def _piece(self, move: Move, out: np.ndarray, index: Index) -> int:
         dtype = self._tensors[move.tensor].dtype
         in_place = dtype == out.dtype and move.scale is None and out.flags.c_contiguous
         piece = out if in_place else self._scratch_like(out, dtype)
@@ -272,7 +285,7 @@ class _Reader:
         if not is_finite(piece):
             raise CheckpointError(f"{self._name}: {move.tensor} holds a value that is not finite.")
         if in_place:
-            return
+            return out.nbytes
         if move.scale is not None:
             wide = np.promote_types(dtype, np.float32)
             piece = piece.astype(wide) * wide.type(move.scale)
@@ -282,6 +295,7 @@ class _Reader:
             raise CheckpointError(
                 f"{self._name}: {move.tensor} holds a value too large for {out.dtype}."
             )
+        return out.nbytes
 
     def _scratch_like(self, out: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """This thread's own memory; fresh memory for each piece would cost as much as the read."""
@@ -317,10 +331,8 @@ def is_finite(array: np.ndarray) -> bool:
     """Whether a contiguous array has neither infinities nor NaNs; integers never do."""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating) or not array.size:
         return True
-    if array.dtype.itemsize == 1:
-        return bool(np.isfinite(array.astype(np.float32)).all())
-    # Exponents of all ones are the greatest bit patterns of either sign, so two integer maxima
-    # say it, faster than any test of floats and without memory.
+    # What is not finite has the greatest bit patterns of either sign, infinity (or, where there is
+    # none, the NaN) being the least of them: two integer maxima say it, fast and without memory.
     bits = array.dtype.itemsize * 8
     infinity = int(np.array(np.inf, array.dtype).view(f"u{bits // 8}"))
     signed = array.view(f"i{bits // 8}").max()
