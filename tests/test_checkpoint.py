@@ -221,15 +221,22 @@ def test_a_module_on_a_mesh_is_exported_as_one_on_one_device(net, mesh):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_progress_counts_the_bytes(net):
-    calls = []
-    load_module(
-        InMemory(file_of(net)), TABLE, skeleton(), progress=lambda *call: calls.append(call)
-    )
+def test_progress_counts_the_bytes(net, mesh):
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(net))
-    assert len(set(calls)) > len(jax.tree.leaves(net))
-    assert calls == sorted(calls)
-    assert calls[-1] == (total, total)
+    for spec in (None, P("fsdp")):
+        calls = []
+        load_module(
+            InMemory(file_of(net)),
+            TABLE,
+            skeleton(),
+            sharding=lambda path, shape, spec=spec: (
+                NamedSharding(mesh, spec) if spec and shape[0] % 4 == 0 else None
+            ),
+            progress=lambda *call, calls=calls: calls.append(call),
+        )
+        assert len(set(calls)) > len(jax.tree.leaves(net))
+        assert calls == sorted(calls)
+        assert calls[-1] == (total, total)
 
 
 def test_shards_have_an_index_and_replace_what_was_there(tmp_path, net):

@@ -116,9 +116,13 @@ def load_module(
     nbytes = {path: math.prod(shape) * dtypes[path].itemsize for path, shape in shapes.items()}
     total, done, values, arriving = sum(nbytes.values()), 0, [], []
 
+    told = 0
+
     def advance(count: int) -> None:
+        nonlocal told
+        told = max(told, min(done + count, total))  # each shard of a leaf counts from its start
         if progress is not None:
-            progress(min(done + count, total), total)
+            progress(told, total)
 
     with _Reader(source, name, advance) as reader:
         for entries, leaf in flat:
