@@ -1,6 +1,8 @@
 """Text-to-image diffusion models in JAX and Equinox."""
 
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 from ._errors import (
     CheckpointError as CheckpointError,
@@ -10,20 +12,47 @@ from ._errors import (
     SettingError as SettingError,
     SourceError as SourceError,
 )
-from .models import Settings as Settings, find_model as find_model, model_names as model_names
-from .pipeline import (
-    Blueprint as Blueprint,
-    Encoded as Encoded,
-    Picture as Picture,
-    Pipeline as Pipeline,
-    Result as Result,
-    generate as generate,
-    generate_each as generate_each,
-    load as load,
-    open_model as open_model,
-)
-from .sampling import sample as sample
-from .sharding import make_mesh as make_mesh
+
+
+if TYPE_CHECKING:
+    from .models import Settings as Settings, find_model as find_model, model_names as model_names
+    from .pipeline import (
+        Blueprint as Blueprint,
+        Encoded as Encoded,
+        Picture as Picture,
+        Pipeline as Pipeline,
+        Result as Result,
+        generate as generate,
+        generate_each as generate_each,
+        load as load,
+        open_model as open_model,
+    )
+    from .sampling import sample as sample
+    from .sharding import make_mesh as make_mesh
 
 
 __version__ = importlib.metadata.version("eqxdiff")
+
+# Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
+_HOMES = {
+    "models": ("Settings", "find_model", "model_names"),
+    "pipeline": (
+        *("Blueprint", "Encoded", "Picture", "Pipeline", "Result"),
+        *("generate", "generate_each", "load", "open_model"),
+    ),
+    "sampling": ("sample",),
+    "sharding": ("make_mesh",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{home}", __name__), name)
+    if name in _HOMES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for names in _HOMES.values() for name in names)})

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, DTypeLike, Float, Key, PyTree
 from PIL import Image as PILImage
 
 from ._errors import EqxdiffError, SettingError
@@ -18,7 +18,7 @@ from .checkpoint import AbstractTensorSource, Source, load_module, open_source, 
 from .models import AbstractFamily, Guidance, Modules, Settings, check_range, find_model
 from .sampling import AbstractSolver, Schedule, start, step
 from .sharding import BATCH_AXES, parameter_sharding, shard_batch
-from .text import Tokenizer
+from .text import Tokenized, Tokenizer
 from .vae import AutoencoderKL
 
 
@@ -55,6 +55,13 @@ class Blueprint:
     def resolve(self, given: Mapping[str, Any]) -> Settings:
         """The settings as applied. **Raises:** `SettingError`."""
         return self.family.resolve(given, self.model, self.configs)
+
+    def tokenize(
+        self, prompt: str, prompt_2: str | None, settings: Settings
+    ) -> dict[str, Tokenized]:
+        """The tokens of a prompt for each text encoder. **Raises:** `PromptError`."""
+        second = prompt if prompt_2 is None else prompt_2
+        return self.family.tokenize(self.tokenizers, prompt, second, settings)
 
     def load(self, names: Sequence[str], *, progress: Progress | None = None) -> dict[str, Any]:
         """The named components with their weights. **Raises:** `CheckpointError`, `SourceError`."""
@@ -180,8 +187,7 @@ class Pipeline(eqx.Module):
         modules = self.stage("text")
 
         def encode(prompt: str, prompt_2: str | None) -> tuple[PyTree, str]:
-            second = prompt if prompt_2 is None else prompt_2
-            texts = plan.family.tokenize(plan.tokenizers, prompt, second, settings)
+            texts = plan.tokenize(prompt, prompt_2, settings)
             tokens = {name: jnp.asarray(text.ids) for name, text in texts.items()}
             dropped = dict.fromkeys(text.dropped for text in texts.values() if text.dropped)
             encoded = _encode(plan.family, modules, tokens, plan.compute_dtype)
@@ -408,7 +414,7 @@ class Sampler(eqx.Module):
         done: int,
         total: int,
     ) -> Float[Array, "n h w c"]:
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        keys = _keys(seeds)
         x = noise.astype(jnp.float32).transpose(0, 2, 3, 1)
         x, keys, conditional = shard_batch((x, keys, conditional), self.mesh)
         x, state = _start(self, x)
@@ -477,8 +483,13 @@ def stored_dtype(tensors: AbstractTensorSource) -> Any:
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Array, "n c h w"]:
     """Unit noise in float32: that of a seed depends on no other seed and on no device."""
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    keys = _keys(seeds)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def _keys(seeds: Sequence[int]) -> Key[Array, " n"]:
+    """A key of each seed, of the same generator however JAX is configured."""
+    return jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
 
 
 def gather(conditioning: PyTree, rows: np.ndarray) -> PyTree:

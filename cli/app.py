@@ -1,0 +1,124 @@
+"""The program: its commands, and how it ends."""
+
+import contextlib
+import errno
+import importlib.metadata
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from eqxdiff import EqxdiffError
+
+from .generate import generate
+from .tables import models, samplers
+from .tiny import random
+
+
+app = typer.Typer(
+    help="Text-to-image diffusion models in JAX.",
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+for command in (generate, models, samplers, random):
+    app.command()(command)
+
+UsageError: Any = typer.BadParameter.__base__
+"""Of the click that this version of Typer brings along or depends on."""
+
+OUT_OF_MEMORY = (
+    "There is too little memory for this: try --offload text, --dtype bfloat16, a smaller "
+    "--batch-size or a smaller picture."
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Like `KeyboardInterrupt` it passes through `except Exception`."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"eqxdiff {importlib.metadata.version('eqxdiff')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status.
+
+    What the user can mend is one sentence on stderr, without a traceback: status 1, or 2 where the
+    command line itself is wrong. 130 and 143 stand for Ctrl-C and SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
+    try:
+        with _sigterm_raises(), typer.main.get_command(app).make_context("eqxdiff", argv) as ctx:
+            ctx.command.invoke(ctx)
+        sys.stdout.flush()
+    except typer.Exit as ending:
+        return ending.exit_code
+    except UsageError as error:
+        see = "" if error.ctx is None else f" See {error.ctx.command_path} --help."
+        return _fail(error.format_message() + see, 2, as_json)
+    except EqxdiffError as error:
+        return _fail(str(error), 1, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted.", 130, as_json)
+    except Terminated:
+        return _fail("Terminated.", 143, as_json)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # it may be what cannot be written
+        if error.errno == errno.EPIPE:
+            return 141  # whoever read the output has gone: there is nobody to tell
+        name = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{name}{error.strerror or error}.", 1, as_json)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(OUT_OF_MEMORY, 1, as_json)
+        raise
+    return 0
+
+
+def _fail(message: str, status: int, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"event": "error", "message": message}), file=sys.stderr)
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """So that what is being written is removed, as it is on Ctrl-C."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,207 @@
+"""The options of `eqxdiff generate`. What they do is in `job`, which imports JAX."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from .output import DEFAULT_NAME
+from .progress import JsonReport, TextReport
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Stage = Literal["text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command line asks for. `None` leaves it to the model or to chance.
+
+    **Fields:**
+
+    - `settings`: fields of `eqxdiff.Settings`.
+    - `mesh`: sizes of its axes, as in `data=4,fsdp=2`.
+    - `offload`, `release`: whether to move the text encoders to host memory between uses, or to
+        drop them when all prompts are encoded.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    prompt_file: str | None
+    settings: dict[str, Any]
+    seed: int | None
+    num_images: int
+    batch_size: int | None
+    output: str
+    overwrite: bool
+    metadata: bool
+    weights: str | None
+    revision: str | None
+    dtype: Dtype | None
+    compute_dtype: Dtype | None
+    noise: Path | None
+    save_latents: Path | None
+    offload: bool
+    release: bool
+    mesh: str | None
+    compile_cache: Path | None
+    caches: bool
+
+
+def generate(
+    model: Annotated[str, Argument(help="Such as flux-dev; `eqxdiff models` lists them.")],
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="What to show. May be repeated.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, Option(help="A file with a prompt on each line; - for standard input.")
+    ] = None,
+    prompt_2: Annotated[
+        str | None, Option("--prompt-2", help="Another prompt for the second text encoder.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        Option("--negative-prompt", "-n", help="What not to show, with classifier-free guidance."),
+    ] = None,
+    negative_prompt_2: Annotated[
+        str | None, Option("--negative-prompt-2", help="The same for the second text encoder.")
+    ] = None,
+    steps: Annotated[
+        int | None, Option("--steps", "--num-inference-steps", help="Denoising steps.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        Option("--guidance", "-g", "--guidance-scale", help="How much the prompt counts."),
+    ] = None,
+    cfg: Annotated[
+        float | None,
+        Option(
+            "--cfg",
+            "--true-cfg-scale",
+            help="True classifier-free guidance, for models that have embedded guidance.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, Option(help="The solver; `eqxdiff samplers` lists them.")
+    ] = None,
+    shift: Annotated[
+        float | None, Option(help="The shift of a flow's schedule, instead of the checkpoint's.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, Option(help="How many tokens of a prompt the model sees.")
+    ] = None,
+    width: Annotated[int | None, Option("--width", "-W", help="In pixels.")] = None,
+    height: Annotated[int | None, Option("--height", "-H", help="In pixels.")] = None,
+    seed: Annotated[
+        int | None,
+        Option(
+            "--seed",
+            "-s",
+            help="Of the first image; image k has seed + k. By default a random one.",
+        ),
+    ] = None,
+    num_images: Annotated[int, Option(help="Images of each prompt.")] = 1,
+    batch_size: Annotated[
+        int | None, Option(help="Images made at once; 1 by default, or 1 a device of a mesh.")
+    ] = None,
+    output: Annotated[
+        str,
+        Option(
+            "--output",
+            "-o",
+            help="A file, a folder, or a name with {model}, {seed}, {index}, {prompt}.",
+        ),
+    ] = DEFAULT_NAME,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that exist.")] = False,
+    no_metadata: Annotated[
+        bool, Option("--no-metadata", help="Leave the settings out of the PNG.")
+    ] = False,
+    weights: Annotated[
+        str | None,
+        Option(
+            help="A folder in the diffusers layout or a Hub repository, instead of the model's."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, Option(help="A branch, tag or commit of the repository.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, Option(help="Of the weights; the checkpoint's by default.")
+    ] = None,
+    compute_dtype: Annotated[
+        Dtype | None, Option(help="Of the activations; float32 on a CPU, bfloat16 elsewhere.")
+    ] = None,
+    offload: Annotated[
+        Stage | None, Option(help="Keep the text encoders in host memory while not in use.")
+    ] = None,
+    release: Annotated[
+        Stage | None, Option(help="Encode all prompts first, then drop the text encoders.")
+    ] = None,
+    mesh: Annotated[
+        str | None, Option(help="Spread over devices, as in data=4,fsdp=2 (and tensor=).")
+    ] = None,
+    noise: Annotated[
+        Path | None,
+        Option(help="Initial noise instead of the seeds': .npy or .safetensors of (n, c, h, w)."),
+    ] = None,
+    save_latents: Annotated[
+        Path | None, Option(help="Write the final latents too, as --noise takes them.")
+    ] = None,
+    compile_cache: Annotated[
+        Path | None,
+        Option(help="Where to keep compiled programs, instead of the user's cache folder."),
+    ] = None,
+    no_compile_cache: Annotated[
+        bool, Option("--no-compile-cache", help="Keep no compiled programs.")
+    ] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="One JSON object on stdout, and events on stderr.")
+    ] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="Print nothing but files, warnings and errors.")
+    ] = False,
+) -> None:
+    """Makes pictures from prompts."""
+    from .job import run
+
+    request = Request(
+        model=model,
+        prompts=tuple(prompt or ()),
+        prompt_file=prompt_file,
+        settings={
+            "steps": steps,
+            "height": height,
+            "width": width,
+            "max_sequence_length": max_sequence_length,
+            "prompt_2": prompt_2,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+            "guidance": guidance,
+            "cfg": cfg,
+            "sampler": sampler,
+            "shift": shift,
+        },
+        seed=seed,
+        num_images=num_images,
+        batch_size=batch_size,
+        output=output,
+        overwrite=overwrite,
+        metadata=not no_metadata,
+        weights=weights,
+        revision=revision,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        noise=noise,
+        save_latents=save_latents,
+        offload=offload is not None,
+        release=release is not None,
+        mesh=mesh,
+        compile_cache=compile_cache,
+        caches=not no_compile_cache,
+    )
+    report = JsonReport(quiet) if as_json else TextReport(quiet)
+    try:
+        run(request, report)
+    finally:
+        report.close()

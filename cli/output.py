@@ -1,0 +1,171 @@
+"""Where files go: templates of names, and writing them whole or not at all, never over others."""
+
+import contextlib
+import os
+import re
+import secrets
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from eqxdiff import EqxdiffError, SettingError
+
+
+DEFAULT_NAME = "{model}-{seed}-{index}.png"
+PLACEHOLDERS = ("model", "seed", "index", "prompt")
+MOST_PROMPT_CHARACTERS = 40
+WIDTH = re.compile(r"0?[1-9]\d?")
+
+
+class OutputError(EqxdiffError):
+    """A file exists already or cannot be written."""
+
+
+def picture_paths(
+    template: str, model: str, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Path]:
+    """The file of each picture.
+
+    **Arguments:**
+
+    - `template`: a file's name with placeholders, or a folder. Numbers may be padded as in
+        `{index:03}`, and a prompt is cut as in `{prompt:20}`.
+    - `prompts`, `seeds`: of each picture.
+
+    **Raises:** `SettingError` where the template is wrong or gives two pictures one name.
+    """
+    if template.endswith(("/", os.sep)) or Path(template).is_dir():
+        template = os.path.join(template, DEFAULT_NAME)
+    parts = _parse(template)
+    paths = []
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        values = {"model": model, "seed": seed, "index": index, "prompt": prompt}
+        paths.append(Path("".join(text + _fill(values, *field) for text, *field in parts)))
+    if not template.lower().endswith(".png"):
+        raise SettingError(f"--output {template} is no PNG file: let its name end in .png.")
+    if len(set(paths)) < len(paths):
+        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+        raise SettingError(
+            f"--output {template} gives several pictures the name {twice}: put {{index}} into it."
+        )
+    return paths
+
+
+def _parse(template: str) -> list[tuple[str, str, str]]:
+    """The template as (text, placeholder, width) triples."""
+    known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        raise SettingError(
+            f"--output {template} has a brace without its pair: write {{{{ or }}}} for a real one."
+        ) from None
+    for _, name, width, conversion in parts:
+        if name is not None and (name not in PLACEHOLDERS or conversion is not None):
+            raise SettingError(
+                f"--output {template} has the unknown placeholder {{{name}}}; there are {known}."
+            )
+        if width and (name == "model" or not WIDTH.fullmatch(width)):
+            raise SettingError(
+                f"--output {template} has a width that is not understood: {{{name}:{width}}}; "
+                "write {index:03} or {prompt:20}."
+            )
+    return [(text, name or "", width or "") for text, name, width, _ in parts]
+
+
+def _fill(values: dict[str, str | int], name: str, width: str) -> str:
+    value = values.get(name, "")
+    if isinstance(value, int):
+        return format(value, width)
+    if name != "prompt":
+        return value
+    plain = re.sub(r"\W+", "-", value).strip("-")
+    return plain[: int(width or MOST_PROMPT_CHARACTERS)].strip("-") or "empty"
+
+
+@contextlib.contextmanager
+def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
+    """Sees to it that the files can be written: makes their folders, and tries.
+
+    Folders that it made are removed again where the block fails and leaves them empty.
+
+    **Raises:** `OutputError` where one exists already or cannot be written.
+    """
+    made: list[Path] = []
+    try:
+        for path in paths:
+            with _explained(path):
+                if _exists(path) and not overwrite:
+                    raise OutputError(
+                        f"{path} exists already: give --overwrite, or another name with --output."
+                    )
+                if path.is_dir():
+                    raise OutputError(f"{path} is a folder.")
+        for folder in dict.fromkeys(path.parent for path in paths):
+            with _explained(folder):
+                missing = [each for each in (folder, *folder.parents) if not _exists(each)]
+                made += missing
+                folder.mkdir(parents=True, exist_ok=True)
+                draft = _draft(folder)
+                draft.touch()
+                draft.unlink()
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Writes a file that appears when all of it is on disk, or not at all.
+
+    **Raises:** `OutputError` where it exists already or cannot be written.
+    """
+    draft = _draft(path.parent)
+    try:
+        with _explained(path):
+            with open(draft, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                draft.replace(path)
+            else:
+                _rename_new(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _rename_new(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)  # unlike a rename it fails where there is a file
+    except FileExistsError:
+        raise OutputError(f"{path} has come into being meanwhile, and is kept.") from None
+    except OSError:  # a file system without links
+        if _exists(path):
+            raise OutputError(f"{path} has come into being meanwhile, and is kept.") from None
+        draft.rename(path)
+
+
+def _draft(folder: Path) -> Path:
+    return folder / f".eqxdiff-{secrets.token_hex(4)}.part"
+
+
+def _exists(path: Path) -> bool:
+    """Also for a dangling link; what the system cannot even look up is an `OSError`."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
+    except ValueError:  # a null character
+        raise OutputError(f"{str(path)!r} is no name that a file can have.") from None

@@ -1,0 +1,148 @@
+"""What is told while a command runs: on stderr, and the files written on stdout."""
+
+import abc
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+
+SPARSE_SECONDS = 10.0
+"""How often a line is printed where it cannot be overwritten."""
+
+OFTEN_SECONDS = 0.1
+"""How often a line is overwritten, or a program told how much is loaded."""
+
+
+class AbstractReport(abc.ABC):
+    """Tells the user, or the program that called, what goes on."""
+
+    @abc.abstractmethod
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Bytes where `what` begins with "loading"; steps or prompts otherwise."""
+
+    @abc.abstractmethod
+    def note(self, event: str, message: str, **details: Any) -> None:
+        """Something worth a line. The event `"warning"` is shown even where little is."""
+
+    @abc.abstractmethod
+    def file(self, path: Path) -> None:
+        """A file is written."""
+
+    @abc.abstractmethod
+    def finish(self, summary: dict[str, Any]) -> None:
+        """All is done."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Makes way for what others print, whether all is done or not."""
+
+
+class JsonReport(AbstractReport):
+    """One JSON object a line on stderr, and one in the end on stdout."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._last = quiet, 0.0
+
+    def _emit(self, **event: Any) -> None:
+        print(json.dumps(event), file=sys.stderr, flush=True)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        soon = what.startswith("loading") and monotonic() - self._last < OFTEN_SECONDS
+        if not self._quiet and (done >= total or not soon):
+            self._last = monotonic()
+            self._emit(event="progress", what=what, done=done, total=total)
+
+    def note(self, event: str, message: str, **details: Any) -> None:
+        if event == "warning" or not self._quiet:
+            self._emit(event=event, message=message, **details)
+
+    def file(self, path: Path) -> None:
+        if not self._quiet:
+            self._emit(event="file", path=str(path))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        print(json.dumps(summary, indent=2), flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class TextReport(AbstractReport):
+    """Lines for people; a terminal gets one that overwrites itself."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+        self._overwrites = sys.stderr.isatty()
+        self._what, self._last, self._since = "", 0.0, (0.0, 0)
+        self._line = False
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        now = monotonic()
+        if what != self._what or done < self._since[1]:
+            self._what, self._since = what, (now, done)
+            self._last = -math.inf if self._overwrites else now
+        elif self._since[1] == 0:
+            self._since = (now, done)  # compiling is part of what comes first
+        if done < total and now - self._last < (
+            OFTEN_SECONDS if self._overwrites else SPARSE_SECONDS
+        ):
+            return
+        self._last = now
+        text = describe(what, done, total, self._rate(now, done))
+        if self._overwrites:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
+            self._line = True
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _rate(self, now: float, done: int) -> float | None:
+        start, first = self._since
+        return (now - start) / (done - first) if done > first > 0 else None
+
+    def note(self, event: str, message: str, **details: Any) -> None:
+        if event == "warning" or not self._quiet:
+            self.close()
+            prefix = "warning: " if event == "warning" else ""
+            print(prefix + message, file=sys.stderr, flush=True)
+
+    def file(self, path: Path) -> None:
+        self.close()
+        print(path, flush=True)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        for line in conclusion(summary["timings"], summary["compiled"]):
+            self.note("timing", line)
+
+    def close(self) -> None:
+        if self._line:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._line = False
+
+
+def describe(what: str, done: int, total: int, rate: float | None) -> str:
+    """A line of progress. `rate`: seconds for each of what is counted, where it is known."""
+    if what.startswith("loading"):
+        unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+        return f"{what}: {done / unit:.1f} of {total / unit:.1f} {name}"
+    text = f"{what}: {done} of {total}"
+    if rate is not None and done < total:
+        text += f", {rate:.2f} s each, {rate * (total - done):.0f} s left"
+    return text
+
+
+def conclusion(timings: Mapping[str, float], compiled: Mapping[str, int]) -> list[str]:
+    """The last lines: what took how long."""
+    programs, hits = compiled["programs"], compiled["cache_hits"]
+    return [
+        f"load time: {timings['load_seconds']:.2f} s",
+        f"compile time: {timings['compile_seconds']:.2f} s ({hits} of {programs} from the cache)",
+        f"seconds an image: {timings['seconds_per_image']:.2f} s",
+    ]
