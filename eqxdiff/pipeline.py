@@ -14,7 +14,7 @@ from jaxtyping import Array, DTypeLike, Float, Key, PyTree
 from PIL import Image as PILImage
 
 from ._errors import EqxdiffError, SettingError
-from .checkpoint import AbstractTensorSource, Source, load_module, open_source, read_table
+from .checkpoint import Source, load_module, open_source, read_table
 from .models import AbstractFamily, Guidance, Modules, Settings, check_range, find_model
 from .sampling import AbstractSolver, Schedule, start, step
 from .sharding import BATCH_AXES, parameter_sharding, shard_batch
@@ -71,7 +71,7 @@ class Blueprint:
         component = self.family.components[name]
         report = None if progress is None else partial(progress, f"loading {name}")
         tensors = self.source.tensors(name)
-        dtype = stored_dtype(tensors) if self.dtype is None else self.dtype
+        dtype = tensors.dtype if self.dtype is None else self.dtype
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
             if self.mesh is None:
@@ -470,15 +470,6 @@ def _decode(
 def _batched(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Over a batch that is split over the mesh; without the names XLA would gather it."""
     return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
-
-
-def stored_dtype(tensors: AbstractTensorSource) -> Any:
-    """The floating point dtype of most of the bytes."""
-    sizes: dict[Any, int] = {}
-    for info in tensors.tensors.values():
-        if jnp.issubdtype(info.dtype, jnp.floating):
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default=jnp.dtype(jnp.float32))
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Array, "n c h w"]:

@@ -17,5 +17,5 @@ T5: tuple[Rule, ...] = (
     (r"relative_attention_bias\.weight", (None, None)),
     (r"block\..*\.([qkv]|wi_\d)\.weight", ("hidden", "embed")),
     (r"block\..*\.(o|wo)\.weight", ("embed", "hidden")),
-    (r"block\..*layer_norm\.weight", (None,)),
+    (r"block\..*_norm\.weight", (None,)),
 )

@@ -4,6 +4,6 @@ from ..sharding import Rule
 
 
 AUTOENCODER: tuple[Rule, ...] = (
-    (r".*conv\w*\.weight", ("embed", None, None, None)),
+    (r"(.*[._])?conv(\d|_in|_out|_shortcut)?\.weight", ("embed", None, None, None)),
     (r".*\.to_(q|k|v|out)\.weight", (None, "embed")),
 )
