@@ -98,7 +98,7 @@ def generate(
         Option(
             "--seed",
             "-s",
-            help="Of the first image; image k has seed + k. By default a random one.",
+            help="Of the first image; image k has seed + k. Random by default.",
         ),
     ] = None,
     num_images: Annotated[int, Option(help="Images of each prompt.")] = 1,
@@ -119,9 +119,7 @@ def generate(
     ] = False,
     weights: Annotated[
         str | None,
-        Option(
-            help="A folder in the diffusers layout or a Hub repository, instead of the model's."
-        ),
+        Option(help="A folder in the diffusers layout, or a Hub repository."),
     ] = None,
     revision: Annotated[
         str | None, Option(help="A branch, tag or commit of the repository.")
@@ -150,10 +148,14 @@ def generate(
     ] = None,
     compile_cache: Annotated[
         Path | None,
-        Option(help="Where to keep compiled programs, instead of the user's cache folder."),
+        Option(help="Where to keep compiled programs; in the user's cache by default."),
     ] = None,
     no_compile_cache: Annotated[
-        bool, Option("--no-compile-cache", help="Keep no compiled programs.")
+        bool,
+        Option(
+            "--no-compile-cache",
+            help="Keep no compiled programs.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, Option("--json", help="One JSON object on stdout, and events on stderr.")

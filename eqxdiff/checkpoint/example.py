@@ -1,19 +1,28 @@
 """Tiny random checkpoints in the published layouts: to try a program, not a model."""
 
 import json
+import math
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike
 
 from .._errors import SourceError
 from ..models import find_model
+from ..sharding import Rule, logical_axes
+from .load import dotted
 from .save import save_module
 from .table import read_table
+
+
+Module = TypeVar("Module")
 
 
 def write_example(
@@ -40,8 +49,8 @@ def write_example(
             (draft / path).write_text(text, encoding="utf-8")
         for i, (name, component) in enumerate(family.components.items()):
             config = component.parse(json.loads(files[f"{name}/config.json"]))
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            module = component.init(config, key=key, dtype=dtype)
+            rng = np.random.default_rng([seed, i])
+            module = randomised(component.skeleton(config, dtype), component.rules, rng)
             stem = "model" if component.stage == "text" else "diffusion_pytorch_model"
             save_module(module, read_table(component.table), draft / name, stem=stem)
         draft.rename(folder)
@@ -50,3 +59,21 @@ def write_example(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def randomised(skeleton: Module, rules: Sequence[Rule], rng: np.random.Generator) -> Module:
+    """The module of which `skeleton` is the shape, with numbers that keep signals at their size.
+
+    It takes no compiling, unlike a component's own `init`: that would be most of the time here.
+    """
+
+    def leaf(entries: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        path = dotted(entries)
+        own = shape.shape[logical_axes(path, len(shape.shape), rules).count("layers") :]
+        if len(own) > 1:
+            values = rng.standard_normal(shape.shape) / math.sqrt(math.prod(own[1:]))
+        else:
+            values = np.full(shape.shape, float(path.endswith("weight")))
+        return values.astype(shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, skeleton)
