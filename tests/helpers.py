@@ -1,5 +1,6 @@
 """What several tests share: deterministic weights and the measure of error."""
 
+import json
 import re
 import zlib
 from pathlib import Path
@@ -8,6 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+
+from eqxdiff.checkpoint import export_infos, read_table
+from eqxdiff.models import find_model
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -30,6 +35,11 @@ def fake_tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndar
     else:
         normal *= 0.2
     return normal.astype(np.float32)
+
+
+def fake_noise(*shape: int) -> np.ndarray:
+    """Unit noise, in float32, that depends on its shape alone."""
+    return np.random.RandomState(0).standard_normal(shape).astype(np.float32)
 
 
 def relative_error(value, reference) -> float:
@@ -65,3 +75,22 @@ def fake_module(init, *args, dtype=np.float32, gain: float = 1.0):
         return jnp.asarray(fake_tensor(name, leaf.shape, gain), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, skeleton)
+
+
+def write_checkpoint(folder: Path, model: str, gain: float = 1.0) -> Path:
+    """A tiny checkpoint in the published layout whose every number depends on its name alone."""
+    family, _ = find_model(model)
+    files = family.example(model)
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    for name, component in family.components.items():
+        skeleton = component.skeleton(component.parse(json.loads(files[f"{name}/config.json"])))
+        infos = export_infos(skeleton, read_table(component.table))
+        tensors = {
+            key: fake_tensor(f"{name}.{key}", info.shape, gain) for key, info in infos.items()
+        }
+        stem = "model" if component.stage == "text" else "diffusion_pytorch_model"
+        metadata = {"format": "pt"}
+        safetensors.numpy.save_file(tensors, folder / name / f"{stem}.safetensors", metadata)
+    return folder
