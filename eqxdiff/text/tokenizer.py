@@ -169,7 +169,7 @@ def _read_backend(
 
 
 def _clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Backend:
-    """Lower-cased words with single blanks between them, as pairs of bytes."""
+    """Lower-cased words without the blanks between them, as pairs of bytes."""
     backend = Backend(
         models.BPE(
             vocab=vocab,
@@ -179,8 +179,7 @@ def _clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Backe
             unk_token=CLIP_TOKENS["unk_token"],
         )
     )
-    blanks = normalizers.Replace(Regex(r"\s+"), " ")
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
