@@ -21,4 +21,9 @@ from .norm import (
     RMSNorm as RMSNorm,
     layer_norm as layer_norm,
 )
+from .resnet import (
+    Downsample2D as Downsample2D,
+    ResnetBlock2D as ResnetBlock2D,
+    Upsample2D as Upsample2D,
+)
 from .rope import apply_rope as apply_rope, rope as rope
