@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, DTypeLike, Float, Key, PyTree
+from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
 from ._errors import EqxdiffError, SettingError
@@ -254,7 +254,7 @@ class Picture:
         """The image in 8 bits."""
         if self.array is None:
             raise SettingError("This picture was not decoded.")
-        return PILImage.fromarray(np.uint8(np.round(self.array * 255)))
+        return PILImage.fromarray(to_bytes(self.array))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,6 +486,11 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " n"]:
 def gather(conditioning: PyTree, rows: np.ndarray) -> PyTree:
     """The conditioning of a batch: one row of each array for each image."""
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
+
+
+def to_bytes(array: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Values in [0, 1] to 8 bits, rounded to nearest."""
+    return np.uint8(np.round(array * 255))
 
 
 def check_noise(noise: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
 from eqxdiff.checkpoint import InMemory, check, export_infos, load_module, read_table
 from eqxdiff.models.flux1 import Transformer, TransformerConfig, patchify, positions, unpatchify
+from eqxdiff.models.flux1.network import modulate
 
 
 CONFIG = TransformerConfig(
@@ -65,6 +66,26 @@ def test_transformer_agrees_with_diffusers(reference, kind, shape):
     out = apply(transformer(kind), x, *SHAPES[shape], jnp.float32)
     bound = max(5e-6, 5 * reference[f"{kind}/{shape}/rounding"])
     assert relative_error(out, reference[f"{kind}/{shape}/out"]) < bound
+
+
+def test_norms_have_the_epsilons_of_diffusers(reference):
+    """On inputs of variance 1e-6, as large as the epsilon itself."""
+    norms = {name: reference[f"norms/{name}"] for name in ("x", "heads", "vec")}
+    x, heads, vec = (jnp.asarray(value) for value in norms.values())
+    model = transformer("dev")
+    first = lambda blocks: jax.tree.map(lambda leaf: leaf[0], blocks)
+    double, single = first(model.transformer_blocks), first(model.single_transformer_blocks)
+    scale, shift = model.norm_out(vec)
+    ours = {
+        "norm1": modulate(x, *double.norm1(vec)[:2]),
+        "norm": modulate(x, *single.norm(vec)[:2]),
+        "norm_out": modulate(x, shift, scale),
+        "norm_q": double.attn.norm_q(heads),
+        "norm_added_k": double.attn.norm_added_k(heads),
+        "single_norm_k": single.attn.norm_k(heads),
+    }
+    for name, value in ours.items():
+        assert relative_error(value, reference[f"norms/{name}"]) < 5e-6, name
 
 
 @pytest.mark.parametrize("kind", ["dev", "schnell"])

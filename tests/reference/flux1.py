@@ -50,6 +50,27 @@ def run(model, x: dict[str, np.ndarray], h: int, w: int, dtype) -> np.ndarray:
     return out.sample.double().numpy()
 
 
+def run_norms(model) -> dict[str, np.ndarray]:
+    """The norms on inputs of such low variance that their epsilons show."""
+    rng = np.random.RandomState(7)
+    x = np.float32(1e-3 * rng.standard_normal((5, 48)))
+    heads = np.float32(1e-3 * rng.standard_normal((5, 3, 16)))
+    vec = np.float32(rng.standard_normal(48))
+    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    img, emb, qk = torch.from_numpy(x)[None], torch.from_numpy(vec)[None], torch.from_numpy(heads)
+    return {
+        "x": x,
+        "heads": heads,
+        "vec": vec,
+        "norm1": double.norm1(img, emb=emb)[0][0].numpy(),
+        "norm": single.norm(img, emb=emb)[0][0].numpy(),
+        "norm_out": model.norm_out(img, emb)[0].numpy(),
+        "norm_q": double.attn.norm_q(qk).numpy(),
+        "norm_added_k": double.attn.norm_added_k(qk).numpy(),
+        "single_norm_k": single.attn.norm_k(qk).numpy(),
+    }
+
+
 def main() -> None:
     logging.set_verbosity_error()
     for kind, embeds in (("dev", True), ("schnell", False)):
@@ -59,6 +80,8 @@ def main() -> None:
     record = {}
     for kind, embeds in (("dev", True), ("schnell", False)):
         model = fill(FluxTransformer2DModel(**CONFIG, guidance_embeds=embeds))
+        if kind == "dev":
+            record |= {f"norms/{name}": value for name, value in run_norms(model).items()}
         for shape, (batch, h, w) in SHAPES.items():
             x = inputs(batch, h, w, seed=h)
             record |= {f"{shape}/{name}": value for name, value in x.items()}
