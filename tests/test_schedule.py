@@ -4,36 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampler_cases import FLOW
 from toy import reference
 
 from eqxdiff._errors import ConfigError, SettingError
 from eqxdiff.sampling import (
+    AYS_TABLES,
+    SAMPLERS,
     Schedule,
     add_noise,
+    alphas_cumprod,
+    default_sampler,
+    discrete_schedule,
     dynamic_shift,
+    find_sampler,
     flow_schedule,
     flow_sigmas,
+    noise_levels,
+    parse_discrete_config,
     parse_flow_config,
 )
-
-
-FLOW = {
-    "static": {"shift": 3.0},
-    "unshifted": {"shift": 1.0},
-    "dynamic": {"shift": 3.0, "use_dynamic_shifting": True},
-    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
-    "narrow": {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.4,
-        "max_shift": 1.3,
-        "base_image_seq_len": 128,
-        "max_image_seq_len": 2048,
-    },
-    "terminal": {"shift": 2.0, "shift_terminal": 0.1},
-    "karras": {"shift": 2.0, "use_karras_sigmas": True},
-    "exponential": {"shift": 2.0, "use_exponential_sigmas": True},
-    "beta": {"shift": 2.0, "use_beta_sigmas": True},
-}
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -122,3 +112,192 @@ def test_noise_is_added_by_the_row():
     schedule = Schedule.init([0.6, 1], [0.8, 0], [700, 0])
     x0, noise = jnp.asarray([1.0, 2.0]), jnp.asarray([3.0, -1.0])
     np.testing.assert_allclose(add_noise(x0, noise, schedule[0]), [3.0, 0.4], rtol=1e-6)
+
+
+def discrete(scheduler="DDIMScheduler", **fields):
+    known = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    extra = {"clip_sample": False, "skip_prk_steps": True}
+    return parse_discrete_config(
+        {"_class_name": scheduler, **known, **extra, **fields}, name="json"
+    )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
+def test_the_rows_of_a_ddpm_preserve_variance_and_fall(sampler):
+    """The last timestep may be 0 before the last row is, whose timestep no network is told."""
+    levels = noise_levels(discrete())
+    for spacing in (None, "leading", "trailing", "linspace"):
+        config = discrete(timestep_spacing=spacing, steps_offset=1)
+        for steps in (1, 2, 7, 30):
+            schedule = discrete_schedule(config, steps, sampler.grid)
+            assert schedule.steps == steps
+            np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, rtol=1e-6)
+            assert (np.diff(schedule.sigma[:-1]) < 0).all()
+            assert (np.diff(schedule.timestep[:-1]) < 0).all()
+            assert schedule.sigma[-1] <= schedule.sigma[-2]
+            told = np.interp(schedule.timestep[:-1], levels.timestep, levels.sigma)
+            np.testing.assert_allclose(schedule.sigma[:-1], told, atol=1e-3)
+
+
+def test_the_training_levels_are_those_of_the_betas():
+    levels = noise_levels(discrete())
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    np.testing.assert_allclose(levels.alpha**2, np.cumprod(1 - betas), rtol=1e-5)
+    np.testing.assert_array_equal(levels.timestep, np.arange(1000))
+    given = discrete(trained_betas=betas.tolist())
+    np.testing.assert_allclose(alphas_cumprod(given), alphas_cumprod(discrete()), rtol=1e-5)
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_level():
+    plain, zero = discrete(), discrete(rescale_betas_zero_snr=True)
+    assert alphas_cumprod(zero)[-1] == 0
+    assert alphas_cumprod(zero)[0] == pytest.approx(alphas_cumprod(plain)[0], rel=1e-6)
+    trailing = discrete(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    schedule = discrete_schedule(trailing, 4, find_sampler("ddim").grid)
+    assert (float(schedule.alpha[0]), float(schedule.sigma[0])) == (0, 1)
+    assert noise_levels(zero).sigma[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fields", "clean"),
+    [
+        ("DDIMScheduler", {}, True),
+        ("DDIMScheduler", {"set_alpha_to_one": False}, False),
+        ("PNDMScheduler", {}, False),
+        ("PNDMScheduler", {"set_alpha_to_one": True}, True),
+        ("EulerDiscreteScheduler", {"set_alpha_to_one": False}, True),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, False),
+        ("HeunDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, True),
+    ],
+)
+def test_where_sampling_ends_is_read_from_the_config(scheduler, fields, clean):
+    """Lightning's 2.9 % of noise left is DDIM's with set_alpha_to_one false; Euler's is none."""
+    config = discrete(scheduler, **fields)
+    last = discrete_schedule(config, 4, default_sampler(config).grid)[-1]
+    assert float(last.sigma) == pytest.approx(0 if clean else 0.02915, abs=1e-5)
+
+
+def test_align_your_steps_is_the_published_table_in_ten_steps():
+    config, grid = discrete(), find_sampler("euler").grid
+    for table in AYS_TABLES.values():
+        schedule = discrete_schedule(config, 10, grid, kind="ays", table=table)
+        np.testing.assert_allclose(schedule.sigma / schedule.alpha, [*table[:-1], 0], rtol=1e-5)
+        more = discrete_schedule(config, 20, grid, kind="ays", table=table)
+        found = more.sigma / more.alpha
+        np.testing.assert_allclose(found[2:-1:2], table[1:-1], rtol=1e-5)
+        np.testing.assert_allclose(found[1] ** 2, found[0] * found[2], rtol=1e-5)
+    with pytest.raises(SettingError, match="No table"):
+        discrete_schedule(config, 10, grid, kind="ays")
+
+
+def test_a_list_of_sigmas_is_taken_as_it_is():
+    schedule = discrete_schedule(discrete(), 3, find_sampler("euler").grid, sigmas=[14.6, 2.0, 0.3])
+    np.testing.assert_allclose(schedule.sigma / schedule.alpha, [14.6, 2.0, 0.3, 0], rtol=1e-5)
+    levels = noise_levels(discrete())
+    told = np.interp([14.6, 2.0, 0.3], levels.sigma / levels.alpha, np.arange(1000))
+    np.testing.assert_allclose(schedule.timestep[:-1], told, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "kwargs"),
+    [
+        ("euler", 0, {}),
+        ("euler", 1001, {}),
+        ("dpmpp-2m", 1000, {}),
+        ("lcm", 51, {}),
+        ("ddim", 4, {"kind": "karras"}),
+        ("lcm", 3, {"sigmas": [9.0, 3.0, 1.0]}),
+        ("euler", 3, {"sigmas": [3.0, 9.0, 1.0]}),
+        ("euler", 4, {"sigmas": [9.0, 3.0, 1.0]}),
+    ],
+)
+def test_steps_that_cannot_be_made_are_refused(name, steps, kwargs):
+    with pytest.raises(SettingError):
+        discrete_schedule(discrete(), steps, find_sampler(name).grid, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "fields", "name"),
+    [
+        ("PNDMScheduler", {}, "pndm"),
+        ("EulerAncestralDiscreteScheduler", {}, "euler-ancestral"),
+        ("DPMSolverMultistepScheduler", {}, "dpmpp-2m"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp-2m-sde"),
+    ],
+)
+def test_the_config_names_the_sampler(scheduler, fields, name):
+    assert default_sampler(discrete(scheduler, **fields)).name == name
+
+
+def test_a_scheduler_that_is_not_ours_still_tells_its_noise():
+    """Another sampler can be chosen for it."""
+    config = discrete("KDPM2DiscreteScheduler")
+    assert discrete_schedule(config, 5, find_sampler("euler").grid).steps == 5
+    with pytest.raises(ConfigError, match="KDPM2DiscreteScheduler"):
+        default_sampler(config)
+
+
+def test_the_published_scheduler_configs_are_understood():
+    """As in the repositories of Stable Diffusion 1.5, 2.1 and SDXL."""
+    stable = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    two = {**stable, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+    xl = {
+        **stable,
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    }
+    configs = [parse_discrete_config(fields, name="json") for fields in (stable, two, xl)]
+    assert [default_sampler(config).name for config in configs] == ["pndm", "ddim", "euler"]
+    assert [config.prediction_type for config in configs] == ["epsilon", "v_prediction", "epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("clip_sample", True),
+        ("thresholding", True),
+        ("beta_schedule", "sigmoid"),
+        ("timestep_spacing", "random"),
+        ("prediction_type", "flow_prediction"),
+        ("num_train_timesteps", 4000),
+        ("interpolation_type", "log_linear"),
+        ("timestep_type", "continuous"),
+        ("algorithm_type", "dpmsolver"),
+        ("solver_order", 3),
+        ("use_lu_lambdas", True),
+        ("sigma_max", 80.0),
+        ("variance_type", "learned_range"),
+        ("trained_betas", [0.1, 0.2]),
+        ("original_inference_steps", 0),
+        ("set_alpha_to_two", True),
+    ],
+)
+def test_an_unsupported_ddpm_config_names_the_field(field, value):
+    with pytest.raises(ConfigError, match=field):
+        discrete(**{field: value})
+
+
+def test_what_a_class_assumes_for_absent_fields_counts():
+    with pytest.raises(ConfigError, match="clip_sample"):
+        parse_discrete_config({"_class_name": "DDIMScheduler"}, name="json")
+    with pytest.raises(ConfigError, match="skip_prk_steps"):
+        parse_discrete_config({"_class_name": "PNDMScheduler"}, name="json")
+    with pytest.raises(ConfigError, match="_class_name"):
+        parse_discrete_config({"beta_start": 0.1}, name="json")
+    assert parse_discrete_config({"_class_name": "LCMScheduler"}, name="json").beta_end == 0.012

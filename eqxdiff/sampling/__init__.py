@@ -1,5 +1,13 @@
 """Schedules are data, a model is a callable, a solver takes one step; no model is known here."""
 
+from .discrete import (
+    DiscreteSchedulerConfig as DiscreteSchedulerConfig,
+    Grid as Grid,
+    alphas_cumprod as alphas_cumprod,
+    discrete_schedule as discrete_schedule,
+    noise_levels as noise_levels,
+    parse_discrete_config as parse_discrete_config,
+)
 from .flow import (
     FlowSchedulerConfig as FlowSchedulerConfig,
     dynamic_shift as dynamic_shift,
@@ -14,13 +22,37 @@ from .guidance import (
     classifier_free as classifier_free,
     stack_conditioning as stack_conditioning,
 )
+from .names import (
+    SAMPLERS as SAMPLERS,
+    Sampler as Sampler,
+    default_sampler as default_sampler,
+    find_sampler as find_sampler,
+)
 from .parameterization import (
     X0 as X0,
     AbstractParameterization as AbstractParameterization,
     Epsilon as Epsilon,
     Flow as Flow,
     VPrediction as VPrediction,
+    parameterization_of as parameterization_of,
 )
 from .sample import sample as sample, start as start, step as step
 from .schedule import Row as Row, Schedule as Schedule, add_noise as add_noise
-from .solvers import AbstractSolver as AbstractSolver, Euler as Euler, Heun as Heun
+from .solvers import (
+    DDIM as DDIM,
+    DDPM as DDPM,
+    LCM as LCM,
+    LMS as LMS,
+    PNDM as PNDM,
+    TCD as TCD,
+    AbstractSolver as AbstractSolver,
+    DPMpp2M as DPMpp2M,
+    DPMpp2MSDE as DPMpp2MSDE,
+    DPMppSDE as DPMppSDE,
+    Euler as Euler,
+    EulerAncestral as EulerAncestral,
+    Heun as Heun,
+    StochasticDDIM as StochasticDDIM,
+    UniPC as UniPC,
+)
+from .spacing import AYS_TABLES as AYS_TABLES

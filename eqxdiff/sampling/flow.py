@@ -10,7 +10,7 @@ import numpy as np
 from .._config import parse_config
 from .._errors import SettingError
 from .schedule import Schedule
-from .spacing import spread
+from .spacing import Spacing, explicit, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,15 @@ class FlowSchedulerConfig:
             raise ValueError(f"shift: {self.shift} is not above 0")
         if sum((self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas)) > 1:
             raise ValueError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: only one")
+
+    @property
+    def kind(self) -> Spacing | None:
+        """How the sigmas are respread, where the file says so."""
+        if self.use_karras_sigmas:
+            return "karras"
+        if self.use_exponential_sigmas:
+            return "exponential"
+        return "beta" if self.use_beta_sigmas else None
 
 
 def parse_flow_config(fields: Mapping[str, Any], *, name: str) -> FlowSchedulerConfig:
@@ -96,6 +105,7 @@ def flow_sigmas(
     *,
     sequence_length: int | None = None,
     shift: float | None = None,
+    kind: Spacing | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Schedule:
     """The schedule of a rectified flow, to float32 rounding the one of diffusers' FLUX pipeline.
@@ -105,13 +115,15 @@ def flow_sigmas(
     - `steps`: the number of steps.
     - `sequence_length`: the number of image tokens, which dynamic shifting depends on.
     - `shift`: a static shift instead of the config's, dynamic or not.
+    - `kind`: how to spread the sigmas between the first and the last one before 0, instead of as
+        the config says.
     - `sigmas`: the noise levels of all steps as they are, without shift: falling, the first at most
         1, with or without the final 0.
 
     **Raises:** `SettingError` where a number is out of range.
     """
     if sigmas is not None:
-        return _straight(explicit_sigmas(sigmas, steps, largest=1.0))
+        return _straight(explicit(sigmas, steps, largest=1.0))
     if steps < 1:
         raise SettingError(f"The number of steps must be at least 1, not {steps}.")
     if shift is not None and not 0 < shift < math.inf:
@@ -130,27 +142,10 @@ def flow_sigmas(
         levels = factor * levels / (1 + (factor - 1) * levels)
     if config.shift_terminal and steps > 1:
         levels = 1 - (1 - levels) / ((1 - levels[-1]) / (1 - config.shift_terminal))
-    for kind in ("karras", "exponential", "beta"):
-        if getattr(config, f"use_{kind}_sigmas"):
-            levels = spread(kind, float(levels[0]), float(levels[-1]), steps)
+    kind = kind or config.kind
+    if kind is not None:
+        levels = spread(kind, float(levels[0]), float(levels[-1]), steps)
     return _straight(np.append(levels, 0))
-
-
-def explicit_sigmas(sigmas: Sequence[float], steps: int | None, *, largest: float) -> np.ndarray:
-    """Checks a list of noise levels that a user gave and ends it at 0.
-
-    **Raises:** `SettingError` where it does not fall, is out of range or has another length.
-    """
-    levels = np.asarray(sigmas, np.float64)
-    if levels.ndim != 1 or not np.isfinite(levels).all() or len(levels) == 0:
-        raise SettingError("The sigmas must be a list of numbers.")
-    if levels[-1] != 0:
-        levels = np.append(levels, 0.0)
-    if len(levels) < 2 or levels[0] > largest or levels[-1] < 0 or (np.diff(levels) >= 0).any():
-        raise SettingError(f"The sigmas must fall, from at most {largest:g} to 0.")
-    if steps is not None and steps != len(levels) - 1:
-        raise SettingError(f"There are sigmas for {len(levels) - 1} steps, not for {steps}.")
-    return levels
 
 
 def _straight(sigma: np.ndarray) -> Schedule:

@@ -67,3 +67,8 @@ class Flow(AbstractParameterization):
 
     def target(self, x0: X, eps: X, row: Row) -> X:
         return eps - x0
+
+
+def parameterization_of(prediction_type: str) -> AbstractParameterization:
+    """By the name that a scheduler's config gives it: epsilon, v_prediction, sample."""
+    return {"epsilon": Epsilon(), "v_prediction": VPrediction(), "sample": X0()}[prediction_type]

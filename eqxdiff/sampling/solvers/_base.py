@@ -69,6 +69,33 @@ def transfer(x: X, x0: X, row: Row, to: Row) -> X:
     return ratio * x + (to.alpha - ratio * row.alpha) * x0
 
 
+def ancestral(x: X, x0: X, row: Row, to: Row, noise: X, eta: Float[Array, ""] | float = 1.0) -> X:
+    """From `row` to `to` with the noise renewed in part: by as much as the reverse of the diffusion
+    does for `eta` 1, and not at all, which is `transfer`, for 0.
+
+    Source: https://arxiv.org/abs/2010.02502, equations 12 and 16.
+    """
+    ratio = to.sigma * row.alpha / (to.alpha * row.sigma)
+    renewed = eta * jnp.sqrt(jnp.maximum(1 - ratio**2, 0))
+    kept = to.sigma * jnp.sqrt(1 - renewed**2) / row.sigma
+    return kept * x + (to.alpha - kept * row.alpha) * x0 + to.sigma * renewed * noise
+
+
+def log_ratio(row: Row) -> Float[Array, ""]:
+    """`log(alpha / sigma)`, half the logarithm of the signal to noise ratio: the time in which
+    exponential integrators step. Minus or plus infinity at the ends, with no NaN in gradients."""
+
+    def log(v):
+        return jnp.where(v > 0, jnp.log(jnp.where(v > 0, v, 1)), -jnp.inf)
+
+    return log(row.alpha) - log(row.sigma)
+
+
+def before(schedule: Schedule, index: Index, steps: int = 1) -> Row:
+    """The row `steps` steps ago, or the first."""
+    return schedule[jnp.maximum(index - steps, 0)]
+
+
 def gaussian(key: Noise | None, index: Index, x: X, draw: int = 0) -> X:
     """The unit noise number `draw` of step `index`, of the shape and dtype of `x`.
 

@@ -1,0 +1,350 @@
+"""Schedules of models trained as DDPMs on a thousand discrete noise levels."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._config import parse_config
+from .._errors import ConfigError, SettingError
+from .schedule import Row, Schedule
+from .spacing import Spacing, ays, explicit, spread
+
+
+LEVELS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteSchedulerConfig:
+    """What a `scheduler_config.json` says of the noise, whichever class it was written for.
+
+    A field that is `None` is absent: then the sampler's own default holds, as when diffusers builds
+    one scheduler from another's config.
+
+    **Arguments:**
+
+    - `scheduler`: the class that the file names; `default_sampler` reads it.
+    - `beta_start`, `beta_end`, `beta_schedule`, `trained_betas`: the betas.
+    - `rescale_betas_zero_snr`: shift them so that the last level is pure noise.
+    - `timestep_spacing`: `"leading"`, `"trailing"` or `"linspace"`.
+    - `steps_offset`: added to the timesteps of leading spacing.
+    - `set_alpha_to_one`: whether DDIM and PNDM end at no noise rather than at level 0.
+    - `final_sigmas_type`: `"zero"` or `"sigma_min"`: the same question for Euler, DPM++ and UniPC.
+    - `prediction_type`: `"epsilon"`, `"v_prediction"` or `"sample"`.
+    - `original_inference_steps`: the steps that LCM and TCD were distilled from.
+    - `algorithm_type`: which of the multistep DPM solvers.
+    """
+
+    scheduler: str
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None
+    final_sigmas_type: str = "zero"
+    prediction_type: str = "epsilon"
+    original_inference_steps: int = 50
+    algorithm_type: str = "dpmsolver++"
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+
+    def __post_init__(self):
+        choices = {
+            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            "timestep_spacing": (None, "leading", "trailing", "linspace"),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "prediction_type": ("epsilon", "v_prediction", "sample"),
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        }
+        for name, supported in choices.items():
+            if getattr(self, name) not in supported:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not supported")
+        if self.trained_betas is not None and len(self.trained_betas) != LEVELS:
+            raise ValueError(f"trained_betas: there must be {LEVELS}")
+        if not 1 <= self.original_inference_steps <= LEVELS:
+            raise ValueError(f"original_inference_steps: must be from 1 to {LEVELS}")
+        kinds = (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas)
+        if sum(map(bool, kinds)) > 1:
+            raise ValueError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: only one")
+
+    @property
+    def kind(self) -> Spacing | None:
+        """How the sigmas are spread, where the file says so."""
+        if self.use_karras_sigmas:
+            return "karras"
+        if self.use_exponential_sigmas:
+            return "exponential"
+        return "beta" if self.use_beta_sigmas else None
+
+
+def parse_discrete_config(fields: Mapping[str, Any], *, name: str) -> DiscreteSchedulerConfig:
+    """Reads the JSON object of a `scheduler_config.json`.
+
+    **Raises:** `ConfigError` for a field or value that is not computed here.
+    """
+    scheduler = fields.get("_class_name")
+    if not isinstance(scheduler, str):
+        raise ConfigError(f"{name} does not name its scheduler: _class_name is {scheduler!r}.")
+    # What diffusers assumes for absent fields depends on the class.
+    assumed: dict[str, Any] = {"scheduler": scheduler}
+    if scheduler in ("LCMScheduler", "TCDScheduler"):
+        assumed |= {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if scheduler in ("HeunDiscreteScheduler", "DPMSolverSDEScheduler"):
+        assumed |= {"beta_start": 0.00085, "beta_end": 0.012}
+    if scheduler in ("DDIMScheduler", "DDPMScheduler"):
+        assumed |= {"clip_sample": True}
+    if scheduler == "PNDMScheduler":
+        assumed |= {"skip_prk_steps": False}
+    supported = {
+        "num_train_timesteps": (LEVELS,),
+        "clip_sample": (False,),
+        "thresholding": (False,),
+        "variance_type": (None, "fixed_small"),
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "bh2"),
+        "lower_order_final": (True,),
+        "euler_at_final": (False,),
+        "predict_x0": (True,),
+        "disable_corrector": ((),),
+        "solver_p": (None,),
+        "lambda_min_clipped": (-math.inf,),
+        "use_lu_lambdas": (False, None),
+        "use_flow_sigmas": (False, None),
+        "use_dynamic_shifting": (False, None),
+        "shift_terminal": (None,),
+        "timestep_scaling": (10.0,),
+    }
+    if scheduler == "PNDMScheduler":
+        supported["skip_prk_steps"] = (True,)
+    return parse_config(
+        DiscreteSchedulerConfig,
+        assumed | {k: v for k, v in fields.items() if k != "_class_name"},
+        name=name,
+        supported=supported,
+        ignored=(
+            "skip_prk_steps",
+            "clip_sample_range",
+            "dynamic_thresholding_ratio",
+            "sample_max_value",
+            "flow_shift",
+            "time_shift_type",
+            "noise_sampler_seed",
+        ),
+    )
+
+
+def alphas_cumprod(config: DiscreteSchedulerConfig) -> np.ndarray:
+    """The square of alpha at each of the thousand levels, in float32 as the models were trained.
+
+    Source: https://arxiv.org/abs/2006.11239; squaredcos_cap_v2 is equation 17 of
+    https://arxiv.org/abs/2102.09672; zero terminal SNR is algorithm 1 of
+    https://arxiv.org/abs/2305.08891.
+    """
+    f32 = np.float32
+    start, end = config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        betas = np.array(config.trained_betas, f32)
+    elif config.beta_schedule == "linear":
+        betas = np.linspace(start, end, LEVELS).astype(f32)
+    elif config.beta_schedule == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, LEVELS).astype(f32) ** 2
+    else:
+        u = np.linspace(0, 1, LEVELS + 1)
+        curve = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999).astype(f32)
+    product = _cumulative(1 - betas)
+    if config.rescale_betas_zero_snr:
+        root = np.sqrt(product)
+        first, last = root[0], root[-1]
+        squared = ((root - last) * (first / (first - last))) ** 2
+        betas = 1 - np.append(squared[:1], squared[1:] / squared[:-1])
+        product = _cumulative(1 - betas)
+    return product
+
+
+def noise_levels(config: DiscreteSchedulerConfig) -> Row:
+    """All thousand levels, stacked, for training: row t has timestep t."""
+    levels = _preserving(_exploding(alphas_cumprod(config)))
+    timesteps = np.arange(LEVELS)
+    return Row(*(jnp.asarray(v, jnp.float32) for v in (*levels, timesteps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How a family of samplers lays its steps over the thousand levels.
+
+    They all agree where the file says leading or trailing spacing, but for the details that this
+    records, and that a picture depends on.
+
+    **Arguments:**
+
+    - `levels`: `"whole"`: timesteps are rounded. `"real"`: they are not, levels are interpolated,
+        and sampling may start from noise alone. `"inner"`: rounded, and the steps of leading and
+        linspace spacing are laid out for one step more. `"distilled"`: a choice among the steps
+        that the model was distilled from.
+    - `spacing`: where the config has none.
+    - `final`: where sampling ends: `"clean"`: at no noise; `"first"`: at level 0; `"sigmas"`: by
+        `final_sigmas_type`; `"alpha"`, `"pndm"`: by `set_alpha_to_one`, which when absent is true
+        for the former and false for the latter.
+    - `middle`: a level within each step: none, the geometric mean of sigma / alpha, or the level
+        that TCD denoises to before it adds noise.
+    """
+
+    levels: Literal["whole", "real", "inner", "distilled"]
+    spacing: Literal["leading", "linspace"]
+    final: Literal["clean", "first", "sigmas", "alpha", "pndm"]
+    middle: Literal[None, "mean", "tcd"] = None
+
+
+def discrete_schedule(
+    config: DiscreteSchedulerConfig,
+    steps: int,
+    grid: Grid,
+    *,
+    kind: Spacing | Literal["ays"] | None = None,
+    table: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    gamma: float = 0.3,
+) -> Schedule:
+    """The schedule of a model trained as a DDPM.
+
+    To float32 rounding it is that of diffusers' scheduler for the same sampler, with two
+    exceptions, both where the number of steps does not divide 1000: DDIM and PNDM there step to
+    levels other than those whose timesteps the network is told next, while here a row is both; and
+    trailing spacing there may have a step too many, and here never has.
+
+    **Arguments:**
+
+    - `config`: the checkpoint's.
+    - `steps`: the number of steps.
+    - `grid`: the sampler's.
+    - `kind`: how to spread the sigmas between the largest and the smallest. By default as the
+        config says.
+    - `table`: the model's table for `kind="ays"`, one of `AYS_TABLES`.
+    - `sigmas`: all noise levels, as sigma / alpha, falling, with or without the final 0.
+    - `gamma`: TCD's stochasticity: 0 adds no noise and 1 is a fresh start at every step.
+
+    **Raises:** `SettingError` where these steps cannot be made.
+    """
+    if not 1 <= steps <= LEVELS:
+        raise SettingError(f"The number of steps must be from 1 to {LEVELS}, not {steps}.")
+    products = alphas_cumprod(config)
+    if config.rescale_betas_zero_snr and (grid.levels in ("real", "inner") or grid.final == "pndm"):
+        products[-1] = 2.0**-24  # they divide by alpha
+    spacing = config.timestep_spacing or grid.spacing
+    timesteps = _timesteps(config, steps, grid.levels, spacing)
+    if timesteps[-1] < 0 or (np.diff(timesteps) >= 0).any() or timesteps[0] > LEVELS - 1:
+        raise SettingError(f"This sampler cannot divide {LEVELS} levels into {steps} steps.")
+
+    table_s = _exploding(products)
+    if grid.levels == "real":
+        levels = np.interp(timesteps, np.arange(LEVELS), table_s)
+    else:
+        levels = table_s[timesteps.astype(int)]
+    kind = kind or config.kind
+    if sigmas is not None or kind is not None:
+        if grid.levels in ("whole", "distilled"):
+            what = "a list of sigmas" if sigmas is not None else f"{kind} sigmas"
+            raise SettingError(f"This sampler has timesteps of its own and cannot take {what}.")
+        ends = levels if grid.levels == "real" else table_s[::-1]
+        levels = _respread(kind, ends, steps, table, sigmas)
+        timesteps = _timesteps_of(levels, table_s)
+        if grid.levels == "inner" and sigmas is None and kind != "ays":
+            # The reference truncates, and its largest timestep is rounded to just below 999.
+            truncated = np.floor(np.maximum(timesteps - 1e-3, 0))
+            timesteps = np.round(timesteps) if kind == "karras" else truncated
+
+    first = {
+        "clean": False,
+        "first": True,
+        "sigmas": sigmas is None and config.final_sigmas_type == "sigma_min",
+        "alpha": config.set_alpha_to_one is False,
+        "pndm": not config.set_alpha_to_one,
+    }[grid.final]
+    levels = np.append(levels, table_s[0] if first else 0.0)
+    timesteps = np.append(timesteps, 0)
+    alpha, sigma = _preserving(levels)
+    noise_alone = grid.levels == "real" and spacing != "leading"
+    middle = None
+    if grid.middle == "tcd":
+        within = np.floor((1 - gamma) * timesteps[1:]).astype(int)
+        middle = (*_preserving(table_s[within]), within)
+    elif grid.middle == "mean":
+        means = np.sqrt(levels[:-1] * np.where(levels[1:] > 0, levels[1:], levels[:-1]))
+        middle = (*_preserving(means), _timesteps_of(means, table_s))
+    start = sigma[0] if noise_alone else 1.0
+    return Schedule.init(alpha, sigma, timesteps, start=start, middle=middle)
+
+
+def _timesteps(
+    config: DiscreteSchedulerConfig, steps: int, levels: str, spacing: str
+) -> np.ndarray:
+    if levels == "distilled":
+        original = config.original_inference_steps
+        if steps > original:
+            raise SettingError(
+                f"The model was distilled from {original} steps and cannot take {steps}."
+            )
+        every = LEVELS // original
+        indices = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
+        return (np.arange(original, 0, -1) * every - 1)[indices]
+    if spacing == "trailing":
+        return np.arange(LEVELS, 0, -LEVELS / steps)[:steps].round() - 1
+    laid = steps + 1 if levels == "inner" else steps
+    if spacing == "leading":
+        timesteps = np.arange(laid) * (LEVELS // laid) + config.steps_offset
+    else:
+        timesteps = np.linspace(0, LEVELS - 1, laid)
+        if levels != "real":
+            timesteps = timesteps.round()
+    return timesteps[::-1][:steps].astype(np.float64)
+
+
+def _respread(
+    kind: Spacing | Literal["ays"] | None,
+    ends: np.ndarray,
+    steps: int,
+    table: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+) -> np.ndarray:
+    """Other noise levels, without the last."""
+    if sigmas is not None:
+        return explicit(sigmas, steps, largest=math.inf)[:-1]
+    if kind == "ays":
+        if table is None:
+            raise SettingError("No table of Align Your Steps is published for this model.")
+        return ays(table, steps)
+    assert kind is not None
+    return spread(kind, float(ends[0]), float(ends[-1]), steps)
+
+
+def _timesteps_of(s: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The timesteps, not whole, of these levels: linear in the logarithm of sigma / alpha."""
+    return np.interp(np.log(np.maximum(s, 1e-10)), np.log(table), np.arange(LEVELS))
+
+
+def _cumulative(alphas: np.ndarray) -> np.ndarray:
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def _exploding(product: np.ndarray) -> np.ndarray:
+    """sigma / alpha, infinite where alpha is 0."""
+    product = product.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return np.sqrt((1 - product) / product)
+
+
+def _preserving(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    alpha = 1 / np.sqrt(s**2 + 1)
+    return alpha, np.where(np.isinf(s), 1.0, alpha * np.where(np.isinf(s), 0.0, s))

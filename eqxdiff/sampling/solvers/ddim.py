@@ -1,0 +1,68 @@
+from typing import ClassVar
+
+from ..._types import Scalar
+from ..schedule import Schedule
+from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian, transfer
+
+
+class DDIM(AbstractSolver):
+    """Denoising diffusion implicit models without noise: straight to the next row.
+
+    diffusers' DDIMScheduler aims at the timestep `1000 // steps` below each. With trailing or
+    linspace spacing and a number of steps that does not divide 1000, that is not the timestep that
+    it tells the network next; here the noise level is always the one that the network is told.
+
+    Source: https://arxiv.org/abs/2010.02502; diffusers' DDIMScheduler.
+    """
+
+    requires_key: ClassVar[bool] = False
+    evaluations: ClassVar[int] = 1
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        x0 = denoise(x, schedule[index])
+        at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
+        return transfer(x, x0, at, to), None
+
+
+class StochasticDDIM(AbstractSolver):
+    """DDIM with new noise for a share of what the reverse of the diffusion would renew.
+
+    **Arguments:**
+
+    - `eta`: the share: 0 is DDIM and 1 is DDPM.
+
+    Source: https://arxiv.org/abs/2010.02502, equation 16; diffusers' DDIMScheduler with `eta`.
+    """
+
+    eta: Scalar
+
+    requires_key: ClassVar[bool] = True
+    evaluations: ClassVar[int] = 1
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        x0 = denoise(x, schedule[index])
+        at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
+        noise = gaussian(key, index, x)
+        return ancestral(x, x0, at, to, noise, self.eta.astype(x.dtype)), None

@@ -1,0 +1,33 @@
+from typing import ClassVar
+
+from ..schedule import Schedule
+from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian
+
+
+class EulerAncestral(AbstractSolver):
+    """Euler's method to less noise than the next row's, then new noise up to it.
+
+    Written for exploding rows, it is the posterior of DDPM on preserving ones; what distinguishes
+    the two are the levels that their schedules go through.
+
+    Source: k-diffusion's sample_euler_ancestral; diffusers' EulerAncestralDiscreteScheduler.
+    """
+
+    requires_key: ClassVar[bool] = True
+    evaluations: ClassVar[int] = 1
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        x0 = denoise(x, schedule[index])
+        at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
+        return ancestral(x, x0, at, to, gaussian(key, index, x)), None

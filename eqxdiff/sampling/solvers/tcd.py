@@ -1,0 +1,39 @@
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from ..schedule import Schedule
+from ._base import AbstractSolver, Denoise, Index, Noise, X, gaussian, transfer
+
+
+class TCD(AbstractSolver):
+    """Trajectory consistency sampling: to the row within the step, then noise up to the next.
+
+    It is for models distilled to be consistent along the trajectory. The stochasticity gamma is in
+    the schedule: the lower the rows within the steps, the more noise is new.
+
+    Source: https://arxiv.org/abs/2402.19159, algorithm 4; diffusers' TCDScheduler, whose `eta` is
+    gamma.
+    """
+
+    requires_key: ClassVar[bool] = True
+    evaluations: ClassVar[int] = 1
+
+    def init(self, x: X, schedule: Schedule) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: X,
+        state: None,
+        schedule: Schedule,
+        index: Index,
+        key: Noise | None,
+    ) -> tuple[X, None]:
+        x0 = denoise(x, schedule[index])
+        at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
+        within = schedule.within(index).astype(x.dtype)
+        ratio = to.alpha / within.alpha
+        new = jnp.sqrt(jnp.maximum(1 - ratio**2, 0))
+        return ratio * transfer(x, x0, at, within) + new * gaussian(key, index, x), None
