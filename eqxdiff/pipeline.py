@@ -1,6 +1,7 @@
 """Prompt to picture: encode, sample, decode."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -350,6 +351,8 @@ def generate_each(
     check_range("num_images", num_images, 1)
     check_range("batch_size", batch_size, 1)
     check_range("seed", seed, 0, 2**32 - num_images)
+    if plan.mesh is not None:
+        check_divides(plan.mesh, batch_size)
     h, w, c = family.latent_shape(configs, settings)
     jobs = [(row, seed + k) for row in range(len(encoded.prompts)) for k in range(num_images)]
     if noise is not None:
@@ -491,6 +494,15 @@ def gather(conditioning: PyTree, rows: np.ndarray) -> PyTree:
 def to_bytes(array: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Values in [0, 1] to 8 bits, rounded to nearest."""
     return np.uint8(np.round(array * 255))
+
+
+def check_divides(mesh: Mesh, batch_size: int) -> None:
+    """**Raises:** `SettingError` where a batch cannot be split over the mesh."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise SettingError(
+            f"--batch-size {batch_size} cannot be split over {ways} devices: use a multiple."
+        )
 
 
 def check_noise(noise: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -1,5 +1,6 @@
 """What several tests share: deterministic weights and the measure of error."""
 
+import contextlib
 import json
 import re
 import zlib
@@ -94,3 +95,19 @@ def write_checkpoint(folder: Path, model: str, gain: float = 1.0) -> Path:
         metadata = {"format": "pt"}
         safetensors.numpy.save_file(tensors, folder / name / f"{stem}.safetensors", metadata)
     return folder
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """A list that grows by one with each program that XLA compiles, eager operations included."""
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
