@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
-from ._errors import EqxdiffError, SettingError
+from ._errors import ConfigError, EqxdiffError, SettingError
 from .checkpoint import Source, load_module, open_source, read_table
 from .models import AbstractFamily, Guidance, Modules, Settings, check_range, find_model
 from .sampling import AbstractSolver, Schedule, start, step
@@ -116,6 +116,12 @@ def open_model(
         configs[part] = component.parse(source.read_json(f"{part}/config.json"))
     family.check(configs)
     tokenizers = {part: Tokenizer.load(source.folder(part)) for part in family.tokenizers}
+    for part, encoder in family.tokenizers.items():
+        size, known = tokenizers[part].vocab_size, configs[encoder].vocab_size
+        if size > known:  # an index out of range would be clamped in silence
+            raise ConfigError(
+                f"{part} has {size} tokens and {encoder} embeds {known}: they do not belong together."
+            )
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     compute_dtype = jnp.dtype(compute_dtype)

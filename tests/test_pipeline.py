@@ -1,5 +1,7 @@
 """The pipeline: what recompiles, what a seed means, what may be absent, what is split."""
 
+import shutil
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -188,3 +190,11 @@ def test_a_cut_prompt_says_what_was_cut(pipe):
     encoded = pipe.encode("a cat " + "and a dog " * 40, **SMALL)
     assert encoded.dropped[0].endswith("and a dog")
     assert pipe.encode("a", **SMALL).dropped == ("",)
+
+
+def test_a_tokenizer_for_another_encoder_is_an_error(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "text_encoder_2" / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 384', '"vocab_size": 100'))
+    with pytest.raises(eqxdiff.ConfigError, match="tokenizer_2 has 198 tokens"):
+        eqxdiff.open_model("flux-dev", str(tmp_path / "model"))

@@ -74,13 +74,17 @@ class Guidance(eqx.Module):
 class AbstractFamily(eqx.Module):
     """All that the pipeline, the loader and the command line know of a family of models.
 
+    - `presets`: its models by name.
+    - `components`: by folder name.
+    - `tokenizers`: folder of a tokenizer -> the text encoder that it is for.
+
     A family has no fields: it is a set of pure functions. Everything works on one example; the
     batch is the caller's `jax.vmap`.
     """
 
     presets: eqx.AbstractClassVar[Mapping[str, Preset]]
     components: eqx.AbstractClassVar[Mapping[str, Component]]
-    tokenizers: eqx.AbstractClassVar[Sequence[str]]
+    tokenizers: eqx.AbstractClassVar[Mapping[str, str]]
 
     @abstractmethod
     def parse_scheduler(self, fields: Mapping[str, Any]) -> Any:

@@ -14,16 +14,16 @@ from ...sampling import (
     ClassifierFree,
     Conditioned,
     Denoiser,
-    Euler,
     Flow,
     FlowSchedulerConfig,
-    Heun,
     Row,
     Schedule,
+    find_sampler,
     flow_sigmas,
     parse_flow_config,
     stack_conditioning,
 )
+from ...sampling.spacing import Spacing
 from ...text import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -44,7 +44,6 @@ from .network import Transformer
 
 
 PATCH = 2
-SOLVERS: Mapping[str, AbstractSolver] = types.MappingProxyType({"euler": Euler(), "heun": Heun()})
 DEFAULT_GUIDANCE = 3.5
 HONOURED = (
     "prompt_2",
@@ -101,6 +100,14 @@ class Network(eqx.Module):
         return unpatchify(velocity, h, w).astype(x.dtype)
 
 
+def spacing(sampler: str | None) -> Spacing | None:
+    """How a sampler's name says to spread the sigmas. **Raises:** `SettingError`."""
+    kind = None if sampler is None else find_sampler(sampler).kind
+    if kind == "ays":
+        raise SettingError("There are no ays sigmas for a rectified flow.")
+    return kind
+
+
 class Flux1(AbstractFamily):
     """FLUX.1 dev and schnell (https://github.com/black-forest-labs/flux)."""
 
@@ -138,7 +145,9 @@ class Flux1(AbstractFamily):
             ),
         }
     )
-    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    tokenizers: ClassVar[Mapping[str, str]] = types.MappingProxyType(
+        {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    )
 
     def parse_scheduler(self, fields: Mapping[str, Any]) -> FlowSchedulerConfig:
         return parse_flow_config(fields, name="scheduler/scheduler_config.json")
@@ -190,6 +199,9 @@ class Flux1(AbstractFamily):
         check_size(settings, PATCH * configs["vae"].downscale)
         if settings.shift is not None and settings.shift <= 0:
             raise SettingError(f"--shift {settings.shift} is out of range: it is above 0.")
+        if settings.sampler is not None:
+            find_sampler(settings.sampler).solver_for(Flow())
+            spacing(settings.sampler)
         if settings.guidance is not None and not embeds:
             raise SettingError(
                 f"{model} would ignore --guidance: its transformer embeds none. "
@@ -237,10 +249,11 @@ class Flux1(AbstractFamily):
             settings.steps,
             sequence_length=(h // PATCH) * (w // PATCH),
             shift=settings.shift,
+            kind=spacing(settings.sampler),
         )
 
     def solver(self, configs: Configs, settings: Settings) -> AbstractSolver:
-        return SOLVERS[settings.sampler or "euler"]
+        return find_sampler(settings.sampler or "euler").solver_for(Flow())
 
     def guidance(self, configs: Configs, settings: Settings) -> Guidance:
         scalar = lambda value: jnp.asarray(value, jnp.float32)
