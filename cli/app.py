@@ -43,22 +43,21 @@ class Terminated(BaseException):
     """SIGTERM came. Like `KeyboardInterrupt` it passes through `except Exception`."""
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"eqxdiff {importlib.metadata.version('eqxdiff')}")
         raise typer.Exit
+    return wanted
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
+@app.callback()
+def _options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     What the user can mend is one sentence on stderr, without a traceback: status 1, or 2 where the
     command line itself is wrong. 130 and 143 stand for Ctrl-C and SIGTERM.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ending.exit_code
     except UsageError as error:
         see = "" if error.ctx is None else f" See {error.ctx.command_path} --help."
-        return _fail(error.format_message() + see, 2, as_json)
+        return _fail(f"{error.format_message().rstrip('.')}.{see}", 2, as_json)
     except EqxdiffError as error:
         return _fail(str(error), 1, as_json)
     except (KeyboardInterrupt, typer.Abort):
@@ -87,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         return _fail("Terminated.", 143, as_json)
     except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # it may be what cannot be written
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}.", 1, as_json)
+        sys.stdout = open(os.devnull, "w")  # which is what could not be written
         if error.errno == errno.EPIPE:
-            return 141  # whoever read the output has gone: there is nobody to tell
-        name = "" if error.filename is None else f"{error.filename}: "
-        return _fail(f"{name}{error.strerror or error}.", 1, as_json)
+            return 141  # whoever read it has gone: there is nobody to tell
+        return _fail(f"{error.strerror or error}.", 1, as_json)
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return _fail(OUT_OF_MEMORY, 1, as_json)

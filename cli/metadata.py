@@ -97,7 +97,7 @@ def parameters(picture: Picture, plan: Blueprint) -> str:
         "Negative prompt 2": settings.negative_prompt_2,
         "Version": f"eqxdiff {versions()['eqxdiff']}",
     }
-    last = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
+    last = ", ".join(f"{key}: {quote(value)}" for key, value in pairs.items() if value is not None)
     lines = [picture.prompt]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
@@ -109,7 +109,7 @@ def _number(scale: Scalar) -> str:
     return f"{float(str(np.float32(scale))):.9g}"
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
     text = str(value)
     plain = text and text == text.strip() and not any(mark in text for mark in ',:\n"')
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -34,7 +34,7 @@ def picture_paths(
 
     **Raises:** `SettingError` where the template is wrong or gives two pictures one name.
     """
-    if template.endswith(("/", os.sep)) or Path(template).is_dir():
+    if template.endswith(("/", os.sep)) or os.path.isdir(template):
         template = os.path.join(template, DEFAULT_NAME)
     parts = _parse(template)
     paths = []
@@ -76,7 +76,7 @@ def _parse(template: str) -> list[tuple[str, str, str]]:
 def _fill(values: dict[str, str | int], name: str, width: str) -> str:
     value = values.get(name, "")
     if isinstance(value, int):
-        return format(value, width)
+        return str(value).zfill(int(width or 0))
     if name != "prompt":
         return value
     plain = re.sub(r"\W+", "-", value).strip("-")
