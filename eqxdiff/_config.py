@@ -44,9 +44,9 @@ def parse_config(
         value = _freeze(value)
         if key in known:
             try:
-                values[key] = _coerce(value, hints[key])
+                values[key] = coerce(value, hints[key])
             except (TypeError, ValueError):
-                problems.append(f"{key}: {value!r} is not of type {_spell(hints[key])}")
+                problems.append(f"{key}: {value!r} is not of type {spell_type(hints[key])}")
         elif key in supported:
             if value not in supported[key]:
                 choices = " or ".join(repr(choice) for choice in supported[key])
@@ -70,12 +70,16 @@ def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list) else value
 
 
-def _coerce(value: Any, hint: Any) -> Any:
+def coerce(value: Any, hint: Any) -> Any:
+    """The value as the type that `hint` names: an int as a float, a tuple item by item, an enum.
+
+    **Raises:** `TypeError` or `ValueError` where it is of another.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for arg in args:
             try:
-                return _coerce(value, arg)
+                return coerce(value, arg)
             except (TypeError, ValueError):
                 continue
         raise TypeError
@@ -83,10 +87,10 @@ def _coerce(value: Any, hint: Any) -> Any:
         if not isinstance(value, tuple):
             raise TypeError
         if len(args) == 2 and args[1] is ...:
-            return tuple(_coerce(v, args[0]) for v in value)
+            return tuple(coerce(v, args[0]) for v in value)
         if len(args) != len(value):
             raise TypeError
-        return tuple(_coerce(v, arg) for v, arg in zip(value, args, strict=True))
+        return tuple(coerce(v, arg) for v, arg in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -96,5 +100,6 @@ def _coerce(value: Any, hint: Any) -> Any:
     return value
 
 
-def _spell(hint: Any) -> str:
+def spell_type(hint: Any) -> str:
+    """A type as an error names it."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

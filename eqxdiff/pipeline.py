@@ -499,7 +499,7 @@ def gather(conditioning: PyTree, rows: np.ndarray) -> PyTree:
 
 def to_bytes(array: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Values in [0, 1] to 8 bits, rounded to nearest."""
-    return np.uint8(np.round(array * 255))
+    return np.round(array * 255).astype(np.uint8)
 
 
 def check_divides(mesh: Mesh, batch_size: int) -> None:

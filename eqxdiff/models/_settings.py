@@ -1,9 +1,11 @@
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .._config import coerce, spell_type
 from .._errors import SettingError
 
 
@@ -48,11 +50,12 @@ def complete(
     """The settings that a user gave, and the defaults for those that are absent or `None`.
 
     **Raises:** `SettingError` for a setting that does not exist, that the model would ignore
-    because it is not among `honoured`, or that is not a finite number where one is due.
+    because it is not among `honoured`, or that is not of its type or not finite.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    hints = typing.get_type_hints(Settings)
     names = [field.name for field in dataclasses.fields(Settings)]
-    for name, value in given.items():
+    for name, value in list(given.items()):
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -60,6 +63,11 @@ def complete(
         if name not in honoured:
             known = ", ".join(sorted(honoured))
             raise SettingError(f"{model} would ignore {option(name)}. It takes {known}.")
+        try:
+            given[name] = value = coerce(value, hints[name])
+        except (TypeError, ValueError):
+            kind = spell_type(hints[name])
+            raise SettingError(f"{option(name)} {value!r} is not of type {kind}.") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(f"{option(name)} {value} is not a finite number.")
     return dataclasses.replace(defaults, **given)

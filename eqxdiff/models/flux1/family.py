@@ -116,7 +116,13 @@ class Flux1(AbstractFamily):
             "flux-dev": Preset(
                 "FLUX.1 [dev], 12 B, guidance-distilled",
                 "black-forest-labs/FLUX.1-dev",
-                Settings(steps=28, height=1024, width=1024, max_sequence_length=512),
+                Settings(
+                    steps=28,
+                    height=1024,
+                    width=1024,
+                    guidance=DEFAULT_GUIDANCE,
+                    max_sequence_length=512,
+                ),
             ),
             "flux-schnell": Preset(
                 "FLUX.1 [schnell], 12 B, step-distilled",
@@ -202,7 +208,7 @@ class Flux1(AbstractFamily):
         if settings.sampler is not None:
             find_sampler(settings.sampler).solver_for(Flow())
             spacing(settings.sampler)
-        if settings.guidance is not None and not embeds:
+        if given.get("guidance") is not None and not embeds:
             raise SettingError(
                 f"{model} would ignore --guidance: its transformer embeds none. "
                 "For classifier-free guidance give --cfg above 1."
@@ -213,9 +219,8 @@ class Flux1(AbstractFamily):
                 f"{model} would ignore the negative prompt without classifier-free guidance: "
                 "give --cfg above 1."
             )
-        if embeds and settings.guidance is None:
-            settings = dataclasses.replace(settings, guidance=DEFAULT_GUIDANCE)
-        return settings
+        guidance = DEFAULT_GUIDANCE if settings.guidance is None else settings.guidance
+        return dataclasses.replace(settings, guidance=guidance if embeds else None)
 
     def tokenize(
         self, tokenizers: Mapping[str, Tokenizer], prompt: str, prompt_2: str, settings: Settings
