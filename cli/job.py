@@ -20,7 +20,7 @@ from .generate import Request
 from .mesh import batch_size_for, parse_mesh
 from .metadata import applied, png, run_record, texts
 from .output import picture_paths, reserved, write_whole
-from .progress import AbstractReport
+from .progress import AbstractReport, libraries_tell
 from .prompts import collect_prompts
 from .stages import Maker
 
@@ -45,6 +45,7 @@ def run(request: Request, report: AbstractReport) -> None:
         raise SettingError("--offload keeps the text encoders and --release drops them: give one.")
     targets = [*paths, *(() if request.save_latents is None else [request.save_latents])]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(libraries_tell(report))
         stack.enter_context(reserved(targets, overwrite=request.overwrite))
         cache = None
         if request.caches:

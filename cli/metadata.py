@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
-from eqxdiff._types import Scalar
 from eqxdiff.models import Settings
 from eqxdiff.pipeline import Blueprint, Picture
 from eqxdiff.sampling import SAMPLERS, find_sampler
@@ -104,7 +103,7 @@ def parameters(picture: Picture, plan: Blueprint) -> str:
     return "\n".join([*lines, last])
 
 
-def _number(scale: Scalar) -> str:
+def _number(scale: jax.Array) -> str:
     """A float32 in as few digits as tell it from others: 3.3, not 3.29999995."""
     return f"{float(str(np.float32(scale))):.9g}"
 

@@ -1,11 +1,13 @@
 """What is told while a command runs: on stderr, and the files written on stdout."""
 
 import abc
+import contextlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,6 +22,11 @@ OFTEN_SECONDS = 0.1
 
 class AbstractReport(abc.ABC):
     """Tells the user, or the program that called, what goes on."""
+
+    @property
+    @abc.abstractmethod
+    def bars(self) -> bool:
+        """Whether libraries may show progress bars of their own."""
 
     @abc.abstractmethod
     def progress(self, what: str, done: int, total: int) -> None:
@@ -47,6 +54,10 @@ class JsonReport(AbstractReport):
 
     def __init__(self, quiet: bool):
         self._quiet, self._last = quiet, 0.0
+
+    @property
+    def bars(self) -> bool:
+        return False
 
     def _emit(self, **event: Any) -> None:
         print(json.dumps(event), file=sys.stderr, flush=True)
@@ -81,6 +92,10 @@ class TextReport(AbstractReport):
         self._what, self._last, self._since = "", 0.0, (0.0, 0)
         self._line = False
 
+    @property
+    def bars(self) -> bool:
+        return not self._quiet
+
     def progress(self, what: str, done: int, total: int) -> None:
         if self._quiet:
             return
@@ -90,9 +105,8 @@ class TextReport(AbstractReport):
             self._last = -math.inf if self._overwrites else now
         elif self._since[1] == 0:
             self._since = (now, done)  # compiling is part of what comes first
-        if done < total and now - self._last < (
-            OFTEN_SECONDS if self._overwrites else SPARSE_SECONDS
-        ):
+        pause = OFTEN_SECONDS if self._overwrites else SPARSE_SECONDS
+        if done < total and now - self._last < pause:
             return
         self._last = now
         text = describe(what, done, total, self._rate(now, done))
@@ -146,3 +160,23 @@ def conclusion(timings: Mapping[str, float], compiled: Mapping[str, int]) -> lis
         f"compile time: {timings['compile_seconds']:.2f} s ({hits} of {programs} from the cache)",
         f"seconds an image: {timings['seconds_per_image']:.2f} s",
     ]
+
+
+@contextlib.contextmanager
+def libraries_tell(report: AbstractReport) -> Iterator[None]:
+    """What libraries want to print by themselves, the report prints meanwhile, or nobody does."""
+    from huggingface_hub import utils
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        report.note("warning", str(message))
+
+    hide = not report.bars and not utils.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        if hide:
+            utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if hide:
+                utils.enable_progress_bars()

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from command import SMALL, cli as cli, dev as dev, generate as generate, pixels
 from safetensors.numpy import load_file, save_file
 
 import eqxdiff
+from eqxdiff.checkpoint import load_module
 from eqxdiff.pipeline import initial_noise
 
 
@@ -358,3 +360,27 @@ def test_lines_of_json_are_valid_whatever_the_prompt(generate):
     run = generate("-p", 'a "cat" \\ \u2028 😀', "--json", "-o", "{prompt}.png")
     assert json.loads(run.out)["images"][0]["prompt"] == 'a "cat" \\ \u2028 😀'
     assert all(run.events)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_libraries_would_print_is_told_like_the_rest(generate, monkeypatch, as_json):
+    """Their warnings become events, and their progress bars stay away from JSON."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    hidden = []
+
+    def load(*arguments, **options):
+        hidden.append(are_progress_bars_disabled())
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("beware", stacklevel=1)
+        return load_module(*arguments, **options)
+
+    monkeypatch.setattr("eqxdiff.pipeline.load_module", load)
+    run = generate("-p", "a cat", *(["--json"] if as_json else []))
+    if as_json:
+        assert {"event": "warning", "message": "beware"} in run.events
+    else:
+        assert "warning: beware" in run.err.splitlines()
+    assert hidden == [as_json] * 4
+    assert not are_progress_bars_disabled()
