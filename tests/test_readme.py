@@ -1,0 +1,40 @@
+"""The README says what is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import eqxdiff
+from eqxdiff.checkpoint.example import write_example
+from eqxdiff.models import find_model
+
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_python_in_it_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_example("flux-dev", "tiny-flux")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.splitlines()) <= 12
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "fox-again.png").is_file()
+    assert (names["edited"].components["transformer"].proj_out.bias == 0).all()
+
+
+@pytest.mark.parametrize("name", eqxdiff.model_names())
+def test_every_model_is_in_the_table(name):
+    _, preset = find_model(name)
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+    assert preset.repository in row
+    assert f"| {preset.defaults.steps} |" in row
+    assert f"{preset.defaults.width}x{preset.defaults.height}" in row
+
+
+def test_ci_runs_its_test_command():
+    assert "&& python -m pytest\n" in README
+    assert "python -m pytest\n" in (REPOSITORY / ".ci" / "run").read_text()
