@@ -32,6 +32,7 @@ def test_recording_again_gives_the_same(script, tmp_path, monkeypatch):
     (tmp_path / "manifests").mkdir()
     for path in FIXTURES.glob("*.json"):  # what some scripts read their cases from
         (tmp_path / "fixtures" / path.name).write_text(path.read_text())
+    monkeypatch.setattr(sys, "argv", [script])
     monkeypatch.delitem(sys.modules, "_torch", raising=False)
     shared = importlib.import_module("_torch")
     monkeypatch.setattr(shared, "FIXTURES", tmp_path / "fixtures")
