@@ -9,7 +9,7 @@ from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
 from eqxdiff.checkpoint import InMemory, check, export_infos, load_module, read_table
 from eqxdiff.models.flux1 import Transformer, TransformerConfig, patchify, positions, unpatchify
-from eqxdiff.models.flux1.network import modulate
+from eqxdiff.models.flux1.layers import modulate
 
 
 CONFIG = TransformerConfig(

@@ -15,8 +15,8 @@ FLUX, NN, TEXT = "models.flux1", "nn", "text"
 MUTATIONS = [
     # The transformer.
     Mutation("rope theta", "dev-square", f"{FLUX}.network", "THETA", "1000.0"),
-    Mutation("layer norm epsilon", "norms", f"{FLUX}.network", "EPS", "1e-5"),
-    Mutation("layer norm epsilon down", "norms", f"{FLUX}.network", "EPS", "1e-7"),
+    Mutation("layer norm epsilon", "norms", f"{FLUX}.layers", "EPS", "1e-5"),
+    Mutation("layer norm epsilon down", "norms", f"{FLUX}.layers", "EPS", "1e-7"),
     Mutation("gelu by erf in blocks", "dev-square", f"{FLUX}.network", "gelu_tanh", "jax.nn.silu"),
     Mutation(
         "gelu kind",
@@ -42,28 +42,28 @@ MUTATIONS = [
     Mutation(
         "scale without one",
         "dev-square",
-        f"{FLUX}.network:modulate",
+        f"{FLUX}.layers:modulate",
         "1 + scale.astype",
         "scale.astype",
     ),
     Mutation(
         "no silu before modulation",
         "dev-square",
-        f"{FLUX}.network:Modulation.__call__",
+        f"{FLUX}.layers:Modulation.__call__",
         "silu(vec)",
         "vec",
     ),
     Mutation(
         "no norm of queries",
         "dev-square",
-        f"{FLUX}.network:split_heads",
+        f"{FLUX}.layers:split_heads",
         "norm_q(heads[0])",
         "heads[0]",
     ),
     Mutation(
         "keys and values exchanged",
         "dev-square",
-        f"{FLUX}.network:split_heads",
+        f"{FLUX}.layers:split_heads",
         "(q, k, v)",
         "(q, v, k)",
     ),
@@ -77,21 +77,21 @@ MUTATIONS = [
     Mutation(
         "guidance in units",
         "dev-square",
-        f"{FLUX}.network:TimeTextEmbedding.__call__",
+        f"{FLUX}.layers:TimeTextEmbedding.__call__",
         "1000 * guidance",
         "guidance",
     ),
     Mutation(
         "sine before cosine",
         "dev-square",
-        f"{FLUX}.network:TimeTextEmbedding.__call__",
+        f"{FLUX}.layers:TimeTextEmbedding.__call__",
         "flip_sin_to_cos=True",
         "flip_sin_to_cos=False",
     ),
     Mutation(
         "frequency shift",
         "dev-square",
-        f"{FLUX}.network:TimeTextEmbedding.__call__",
+        f"{FLUX}.layers:TimeTextEmbedding.__call__",
         "freq_shift=0",
         "freq_shift=1",
     ),

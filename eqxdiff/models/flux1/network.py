@@ -1,7 +1,7 @@
 """The FLUX.1 transformer: image and text in two streams, then in one.
 
-Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/model.py, with the names and
-the split projections of `FluxTransformer2DModel` of diffusers.
+Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/model.py, with the names of
+`FluxTransformer2DModel` of diffusers.
 """
 
 from typing import Self
@@ -11,105 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
-from ...kernels import attention
-from ...nn import (
-    MLP,
-    EmbeddingMLP,
-    Linear,
-    RMSNorm,
-    apply_rope,
-    fold,
-    gelu_tanh,
-    layer_norm,
-    rope,
-    silu,
-    sinusoid,
-    stack,
-)
+from ...nn import MLP, Linear, fold, gelu_tanh, rope, stack
 from .config import TransformerConfig
+from .layers import JointAttention, Modulation, SelfAttention, TimeTextEmbedding, modulate
 
 
-EPS = 1e-6
 THETA = 10000.0
 MLP_RATIO = 4
-SINUSOID_DIM = 256
-
-
-class Modulation(eqx.Module):
-    """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
-
-    linear: Linear
-
-    @classmethod
-    def init(cls, dim: int, count: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        return cls(Linear.init(dim, count * dim, key=key, dtype=dtype))
-
-    def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
-        return self.linear(silu(vec)).reshape(-1, vec.shape[0])
-
-
-def modulate(
-    x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
-) -> Float[Array, "tokens dim"]:
-    """`(1 + scale) * norm(x) + shift`, rounded once."""
-    return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS)
-
-
-def split_heads(
-    x: Float[Array, "tokens dim"], q: Linear, k: Linear, v: Linear, norm_q: RMSNorm, norm_k: RMSNorm
-) -> list[Float[Array, "tokens heads head_dim"]]:
-    """Queries and keys, normalised head by head, and values."""
-    heads = [f(x).reshape(x.shape[0], -1, norm_q.weight.shape[0]) for f in (q, k, v)]
-    return [norm_q(heads[0]), norm_k(heads[1]), heads[2]]
-
-
-def attend(
-    q: Float[Array, "tokens heads head_dim"],
-    k: Float[Array, "tokens heads head_dim"],
-    v: Float[Array, "tokens heads head_dim"],
-    pe: Float[Array, "tokens 2 half"],
-) -> Float[Array, "tokens dim"]:
-    return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)
-
-
-class JointAttention(eqx.Module):
-    """Attention over text and image together, each with projections of its own."""
-
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
-    to_out: Linear
-    norm_q: RMSNorm
-    norm_k: RMSNorm
-    add_q_proj: Linear
-    add_k_proj: Linear
-    add_v_proj: Linear
-    to_add_out: Linear
-    norm_added_q: RMSNorm
-    norm_added_k: RMSNorm
-
-    @classmethod
-    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
-        norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
-        q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
-        img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
-        return cls(*img, *txt)
-
-    def __call__(
-        self,
-        img: Float[Array, "pixels dim"],
-        txt: Float[Array, "tokens dim"],
-        pe: Float[Array, "tokens+pixels 2 half"],
-    ) -> tuple[Float[Array, "pixels dim"], Float[Array, "tokens dim"]]:
-        img_qkv = split_heads(img, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        add = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        txt_qkv = split_heads(txt, *add, self.norm_added_q, self.norm_added_k)
-        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
-        return self.to_out(img), self.to_add_out(txt)
 
 
 class DoubleBlock(eqx.Module):
@@ -152,29 +61,6 @@ class DoubleBlock(eqx.Module):
         return img, txt
 
 
-class SelfAttention(eqx.Module):
-    """Attention of the joined streams. Its output projection is shared with the MLP's."""
-
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
-    norm_q: RMSNorm
-    norm_k: RMSNorm
-
-    @classmethod
-    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
-        norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
-        q, k, v = map(linear, jax.random.split(key, 3))
-        return cls(q, k, v, norm(), norm())
-
-    def __call__(
-        self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
-    ) -> Float[Array, "tokens dim"]:
-        q, k, v = split_heads(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        return attend(q, k, v, pe)
-
-
 class SingleBlock(eqx.Module):
     """One stream, attention and MLP side by side (https://arxiv.org/abs/2302.05442)."""
 
@@ -204,32 +90,6 @@ class SingleBlock(eqx.Module):
         y = modulate(x, shift, scale)
         y = jnp.concatenate([self.attn(y, pe), gelu_tanh(self.proj_mlp(y))], axis=-1)
         return x + gate * self.proj_out(y)
-
-
-class TimeTextEmbedding(eqx.Module):
-    """The conditioning vector of timestep, guidance and pooled text."""
-
-    timestep_embedder: EmbeddingMLP
-    guidance_embedder: EmbeddingMLP | None
-    text_embedder: EmbeddingMLP
-
-    @classmethod
-    def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        mlp = lambda width, key: EmbeddingMLP.init(width, cfg.dim, key=key, dtype=dtype)
-        keys = jax.random.split(key, 3)
-        guidance = mlp(SINUSOID_DIM, keys[1]) if cfg.guidance_embeds else None
-        return cls(mlp(SINUSOID_DIM, keys[0]), guidance, mlp(cfg.pooled_projection_dim, keys[2]))
-
-    def __call__(
-        self, timestep: Scalar, guidance: Scalar | None, pooled: Float[Array, " pooled_dim"]
-    ) -> Float[Array, " dim"]:
-        embed = lambda t: sinusoid(t, SINUSOID_DIM, flip_sin_to_cos=True, freq_shift=0)
-        vec = self.timestep_embedder(embed(timestep).astype(pooled.dtype))
-        if self.guidance_embedder is not None:
-            if guidance is None:
-                raise ValueError("This transformer embeds guidance, and none was given.")
-            vec = vec + self.guidance_embedder(embed(1000 * guidance).astype(pooled.dtype))
-        return vec + self.text_embedder(pooled)
 
 
 class Transformer(eqx.Module):
