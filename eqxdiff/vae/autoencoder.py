@@ -43,13 +43,13 @@ class Encoder(eqx.Module):
             conv(widths[-1], 2 * cfg.latent_channels, keys[-3]),
         )
 
-    def __call__(self, image: Float[Array, "H W channels"]) -> Float[Array, "h w 2*latent"]:
+    def __call__(self, image: Float[Array, "H W channels"]) -> Float[Array, "h w moments"]:
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
         return self.finish(x)
 
-    def finish(self, x: Float[Array, "h w c"]) -> Float[Array, "h w 2*latent"]:
+    def finish(self, x: Float[Array, "h w c"]) -> Float[Array, "h w moments"]:
         """What follows the last level."""
         return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
@@ -174,7 +174,7 @@ class AutoencoderKL(eqx.Module):
         z = (wide / self.scaling_factor + self.shift_factor).astype(latent.dtype)
         return z if self.post_quant_conv is None else self.post_quant_conv(z)
 
-    def from_encoder(self, moments: Float[Array, "h w 2*latent"]) -> Posterior:
+    def from_encoder(self, moments: Float[Array, "h w moments"]) -> Posterior:
         """The distribution that the encoder's output describes."""
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)

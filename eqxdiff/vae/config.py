@@ -29,6 +29,9 @@ class AutoencoderKLConfig:
     def __post_init__(self):
         if not self.block_out_channels:
             raise ValueError("block_out_channels: an empty list")
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name}: {value} is below 1")
         for channels in self.block_out_channels:
             if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(
