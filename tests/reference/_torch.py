@@ -35,8 +35,9 @@ def write_manifest(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
         groups.setdefault((pattern, tuple(shape)), []).append(int(index or 0))
     lines = []
     for (pattern, shape), indices in groups.items():
-        if "#" in pattern and indices == list(range(len(indices))):
-            pattern = pattern.replace("#", f"{{0..{len(indices) - 1}}}")
-        assert "#" not in pattern, f"{pattern} has layers {indices}"
-        lines.append(" ".join([pattern, *map(str, shape)]))
+        starts = [index for index in indices if index - 1 not in indices]
+        stops = [index for index in indices if index + 1 not in indices]
+        for start, stop in zip(starts, stops, strict=True):
+            blocks = str(start) if start == stop else f"{{{start}..{stop}}}"
+            lines.append(" ".join([pattern.replace("#", blocks), *map(str, shape)]))
     (FIXTURES.parent / "manifests" / f"{name}.txt").write_text("\n".join(lines) + "\n")
