@@ -31,7 +31,9 @@ def models(as_json: Json = False) -> None:
     rows = []
     for name, preset in presets.items():
         own = preset.defaults
+        guidance = "none" if own.guidance is None else f"{own.guidance:g}"
         size = f"{own.steps} steps, {own.width}x{own.height}, {own.max_sequence_length} tokens"
+        size = f"{size}, guidance {guidance}"
         rows.append((name, preset.summary, preset.repository, size))
     print(table(("NAME", "WHAT", "REPOSITORY", "DEFAULTS"), rows))
 

@@ -36,5 +36,5 @@ def test_every_model_is_in_the_table(name):
 
 
 def test_ci_runs_its_test_command():
-    assert "&& python -m pytest\n" in README
-    assert "python -m pytest\n" in (REPOSITORY / ".ci" / "run").read_text()
+    (command,) = re.findall(r"&& (python -m pytest.*)", README)
+    assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()
