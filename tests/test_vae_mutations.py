@@ -6,7 +6,7 @@ import test_vae
 from mutate import Mutation, apply
 
 
-VAE, BLOCKS, RESNET = "vae.autoencoder", "vae.blocks", "nn.resnet"
+VAE, BLOCKS, TILING, RESNET = "vae.autoencoder", "vae.blocks", "vae.tiling", "nn.resnet"
 MUTATIONS = [
     Mutation("epsilon of the blocks up", "norms-sd", BLOCKS, "EPS", "1e-5"),
     Mutation("epsilon of the blocks down", "norms-sd", BLOCKS, "EPS", "1e-7"),
@@ -154,6 +154,27 @@ MUTATIONS = [
         "0.5 * self.logvar",
         "self.logvar",
     ),
+    Mutation(
+        "each tile by its own statistics",
+        "tiles",
+        f"{TILING}:_run_tiled",
+        "whole.weight > 0",
+        "whole.weight < 0",
+    ),
+    Mutation(
+        "no fading at the seams",
+        "tiles",
+        f"{TILING}:_Grid.weight",
+        "2 * inside - 0.5",
+        "1e6 * inside",
+    ),
+    Mutation(
+        "variance between tiles",
+        "tiles",
+        f"{TILING}:_Moments.merge",
+        "b * other.variance + between",
+        "b * other.variance",
+    ),
 ]
 
 
@@ -172,6 +193,8 @@ def check(name: str) -> None:
             test_vae.test_every_norm_has_the_epsilon_of_diffusers(reference, kind)
         case "posterior":
             test_vae.test_the_posterior_is_that_of_diffusers(reference)
+        case "tiles":
+            test_vae.test_tiles_hardly_differ_from_the_whole(4, 0.005, 0.008)
         case _:
             raise ValueError(name)
 
