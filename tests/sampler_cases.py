@@ -60,7 +60,11 @@ def _cases():
     case("ddim/eta zero snr", "DDIMScheduler", NO_CLIP, ZERO_SNR, steps=5, eta=1.0)
     case("ddim/x0", "DDIMScheduler", NO_CLIP, LEADING, X0)
     case("ddim/linear", "DDIMScheduler", NO_CLIP, {"beta_schedule": "linear"}, steps=10)
-    case("ddim/cosine", "DDIMScheduler", NO_CLIP, {"beta_schedule": "squaredcos_cap_v2"}, V)
+    cosine = {"beta_schedule": "squaredcos_cap_v2"}
+    case("ddim/cosine", "DDIMScheduler", NO_CLIP, cosine, V)
+    case(
+        "ddim/cosine from the capped level", "DDIMScheduler", NO_CLIP, cosine, V, TRAILING, steps=5
+    )
     several("ddpm", "DDPMScheduler", NO_CLIP)
     case("ddpm/linspace", "DDPMScheduler", NO_CLIP, LINSPACE, steps=13)
     several("pndm", "PNDMScheduler", {"skip_prk_steps": True}, {"prediction_type": "epsilon"})
@@ -99,6 +103,7 @@ def _cases():
         case(f"{name}/7 steps v", scheduler, V, steps=7)
         case(f"{name}/1 step", scheduler, steps=1)
         case(f"{name}/of 20", scheduler, {"original_inference_steps": 20}, steps=3)
+    case("tcd/gamma half", "TCDScheduler", steps=6, eta=0.5)
     case("tcd/gamma 0", "TCDScheduler", steps=6, eta=0.0)
     case("tcd/gamma 1", "TCDScheduler", steps=6, eta=1.0)
     return out

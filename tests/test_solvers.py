@@ -1,3 +1,5 @@
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,12 +44,14 @@ from eqxdiff.sampling import (
     start,
     step,
 )
+from eqxdiff.sampling.solvers.unipc import _moments
 
 
 # Agreement with diffusers, whole trajectories.
 
 
 jitted = eqx.filter_jit(step)
+whole = eqx.filter_jit(sample)
 
 
 def trajectory(denoiser, x, schedule, solver, key=None):
@@ -120,7 +124,8 @@ def curve(steps, kind="preserving", eased=False):
 
     def rows(u):
         pairs = {"flow": (1 - u, u), "preserving": (np.cos(u * np.pi / 2), np.sin(u * np.pi / 2))}
-        return [jnp.asarray(v) for v in (*pairs[kind], 1000 * u)]
+        alpha, sigma = map(jnp.asarray, pairs[kind])
+        return alpha, sigma, jnp.asarray(1000 * u)
 
     u = np.linspace(0.85, 0.15, steps + 1)
     if eased:
@@ -132,7 +137,9 @@ def curve(steps, kind="preserving", eased=False):
 def error_on_a_gaussian(solver, schedule):
     denoiser, x = gaussian(), jnp.asarray(np.asarray(noise(), np.float64))
     exact = denoiser.flow(x, schedule[0], schedule[-1])
-    return relative_error(sample(denoiser, x, schedule, solver), exact)
+    found = whole(denoiser, x, schedule, solver)
+    assert found.dtype == jnp.float64
+    return relative_error(found, exact)
 
 
 ORDERS = {
@@ -154,21 +161,22 @@ INNER_ORDERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["flow", "preserving"])
 @pytest.mark.parametrize("name", ORDERS)
-def test_solvers_converge_to_the_exact_flow_of_a_gaussian_at_their_order(x64, name, kind):
+def test_solvers_converge_to_the_exact_flow_of_a_gaussian_at_their_order(x64, name):
     """Multistep methods have no past at first, which limits them to order 2."""
     solver, order = ORDERS[name]
-    errors = [error_on_a_gaussian(solver, curve(steps, kind)) for steps in (64, 128)]
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2), errors
+    for kind in ("flow", "preserving"):
+        errors = [error_on_a_gaussian(solver, curve(steps, kind)) for steps in (64, 128)]
+        assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2), (kind, errors)
 
 
-@pytest.mark.parametrize("kind", ["flow", "preserving"])
 @pytest.mark.parametrize("name", INNER_ORDERS)
-def test_multistep_methods_have_their_order_once_they_have_a_past(x64, name, kind):
+def test_multistep_methods_have_their_order_once_they_have_a_past(x64, name):
     solver, order = INNER_ORDERS[name]
-    errors = [error_on_a_gaussian(solver, curve(steps, kind, eased=True)) for steps in (64, 128)]
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35), errors
+    for kind in ("flow", "preserving"):
+        curves = [curve(steps, kind, eased=True) for steps in (64, 128)]
+        errors = [error_on_a_gaussian(solver, schedule) for schedule in curves]
+        assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35), (kind, errors)
 
 
 STOCHASTIC = {
@@ -235,21 +243,34 @@ EVERY = {
 FROM_PURE_NOISE = set(EVERY) - {"pndm", "dpmpp sde", "tcd"}
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@eqx.filter_jit
+def step_and_gradient(x, state, schedule, index, solver):
+    """A step, and the gradient of all that comes of it in x, the state and the schedule."""
+
+    def total(arguments):
+        x, state, schedule = arguments
+        out = step(point(), x, state, schedule, index, solver, jax.random.key(0))
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(out)), out
+
+    return jax.grad(total, has_aux=True)((x, state, schedule))
+
+
 @pytest.mark.parametrize("name", sorted(FROM_PURE_NOISE))
-def test_solvers_are_exact_on_a_point_from_pure_noise(name, steps):
+def test_solvers_are_exact_on_a_point_from_pure_noise(name):
     """Zero terminal SNR is no special case, nor is the end at no noise; no gradient is NaN."""
-    denoiser = point()
+    schedule, solver = ends(4), EVERY[name]
+    x, state = noise(), solver.init(noise(), schedule)
+    for index in range(4):
+        gradient, (x, state) = step_and_gradient(x, state, schedule, jnp.asarray(index), solver)
+        if not solver.requires_key:  # new noise has a root in it, whose argument is 0 at the ends
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(x, noise() / 3, rtol=1e-5, atol=2e-6)
 
-    def run(schedule):
-        x = sample(denoiser, noise(), schedule, EVERY[name], key=jax.random.key(0))
-        return jnp.sum(x), x
 
-    if EVERY[name].requires_key:  # new noise has a root in it, whose argument is 0 at the ends
-        x = run(ends(steps))[1]
-    else:
-        gradient, x = jax.grad(run, has_aux=True)(ends(steps))
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+@pytest.mark.parametrize("name", sorted(FROM_PURE_NOISE))
+def test_one_step_is_enough_for_a_point(name):
+    with jax.disable_jit():
+        x = sample(point(), noise(), ends(1), EVERY[name], key=jax.random.key(0))
     np.testing.assert_allclose(x, noise() / 3, rtol=1e-5, atol=2e-6)
 
 
@@ -258,7 +279,8 @@ def test_solvers_are_exact_on_a_point_of_a_checkpoints_schedule(name):
     config = parse_discrete_config({"_class_name": "TCDScheduler"}, name="config")
     grid = find_sampler("tcd").grid
     schedule = discrete_schedule(config, 6, grid, gamma=0.0)
-    x = sample(point(), noise(), schedule, EVERY[name], key=jax.random.key(0))
+    with jax.disable_jit():
+        x = sample(point(), noise(), schedule, EVERY[name], key=jax.random.key(0))
     left = (x - schedule[-1].alpha * noise() / 3) / schedule[-1].sigma
     if EVERY[name].requires_key and name != "tcd":  # what is left is noise of unit variance
         assert 0.4 < float(jnp.std(left)) < 1.6
@@ -287,6 +309,24 @@ def test_consistency_sampling_is_exact_with_a_consistent_denoiser(x64):
     )
 
 
+@pytest.mark.parametrize(("timestep", "skip", "out"), [(0.0, 1, 0), (0.1, 0.2, 0.8**0.5)])
+def test_lcm_joins_the_network_to_x_at_timestep_0(timestep, skip, out):
+    """By sigma_data 0.5 and timesteps scaled by 10."""
+    schedule = Schedule.init([0.8, 1.0], [0.6, 0.0], [timestep, 0.0])
+    x0 = noise() / 3
+    x = sample(lambda x, row: x0, noise(), schedule, LCM(), key=jax.random.key(0))
+    np.testing.assert_allclose(x, skip * noise() + out * x0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("h", [1e-4, 0.01, 0.3, 0.49, 0.51, 2.0, 8.0, 60.0])
+def test_the_moments_of_unipc_are_integrals(h):
+    u = (np.arange(100000) + 0.5) / 100000
+    density = np.exp(h * (u - 1))
+    found = _moments(jnp.asarray(h))
+    for value, power in zip(found, (u, u**2), strict=True):
+        assert float(value) == pytest.approx((power * density).sum() / density.sum(), rel=2e-6)
+
+
 def test_trajectory_sampling_without_noise_is_ddim():
     config = parse_discrete_config({"_class_name": "TCDScheduler"}, name="config")
     schedule = discrete_schedule(config, 6, find_sampler("tcd").grid, gamma=0.0)
@@ -307,7 +347,7 @@ def test_noise_depends_on_the_key_and_can_be_given(name):
     keys = jax.random.key(0), jax.random.key(1)
     with pytest.raises(ValueError, match="key"):
         sample(denoiser, noise(), schedule, solver)
-    one, other = (sample(denoiser, noise(), schedule, solver, key=key) for key in keys)
+    one, other = (whole(denoiser, noise(), schedule, solver, key=key) for key in keys)
     assert relative_error(one, other) > 0.01
     # Draw j of step i is from fold_in(fold_in(key, i), j), and draw 0 from fold_in(key, i).
     folded = [jax.random.fold_in(keys[0], i) for i in range(4)]
@@ -324,24 +364,55 @@ def test_a_step_calls_the_network_as_often_as_it_says(name):
     calls = []
 
     def denoise(x, row):
-        jax.debug.callback(lambda: calls.append(1))
+        calls.append(1)
         return x
 
     schedule = jax.tree.map(lambda a: a.astype(jnp.float32), curve(3))
-    sample(denoise, noise(), schedule, EVERY[name], key=jax.random.key(0))
-    jax.effects_barrier()
+    with jax.disable_jit():
+        sample(denoise, noise(), schedule, EVERY[name], key=jax.random.key(0))
     extra = 1 if name == "pndm" else 0
     assert len(calls) == 3 * EVERY[name].evaluations + extra
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if EVERY[name].requires_key])
 def test_float64_stays_float64_and_sees_the_same_noise(x64, name):
     wide = curve(4)
     narrow = jax.tree.map(lambda a: a.astype(jnp.float32), wide)
     denoiser, key = Denoiser(Toy.init(), VPrediction()), jax.random.key(0)
-    x = sample(denoiser, jnp.asarray(noise(), jnp.float64), wide, EVERY[name], key=key)
+    x = whole(denoiser, jnp.asarray(noise(), jnp.float64), wide, EVERY[name], key=key)
     assert x.dtype == jnp.float64
     assert relative_error(sample(denoiser, noise(), narrow, EVERY[name], key=key), x) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
+def test_no_solver_compiles_again_for_other_numbers(sampler):
+    """Neither the index, the seed, the weights, eta, gamma nor the noise levels are compiled in."""
+    compiles = []
+
+    @eqx.filter_jit
+    def run(denoiser, x, state, schedule, index, solver, key):
+        compiles.append(1)
+        return step(denoiser, x, state, schedule, index, solver, key)
+
+    def steps(config, key, scale, **kwargs):
+        schedule = discrete_schedule(config, 3, sampler.grid, **kwargs)
+        denoiser = Denoiser(jax.tree.map(lambda a: scale * a, Toy.init()), Epsilon())
+        solver = sampler.solver_for(Epsilon(), eta=0.5 * scale if sampler.name == "ddim" else None)
+        x, state = scale * noise(), solver.init(noise(), schedule)
+        for index in range(3):
+            x, state = run(denoiser, x, state, schedule, jnp.asarray(index), solver, key)
+        return x
+
+    plain = parse_discrete_config({"_class_name": "EulerDiscreteScheduler"}, name="config")
+    other = dataclasses.replace(plain, beta_end=0.012, timestep_spacing="trailing")
+    kwargs = {"gamma": 0.7} if sampler.name == "tcd" else {}
+    one = steps(plain, jax.random.key(0), 1.0)
+    two = steps(other, jax.random.key(1), 0.5, **kwargs)
+    if sampler.grid.levels in ("real", "inner"):
+        steps(plain, jax.random.key(0), 1.0, kind="karras")
+        steps(plain, jax.random.key(0), 1.0, sigmas=[9.0, 3.0, 1.0])
+    assert len(compiles) == 1
+    assert relative_error(one, two) > 0.01
 
 
 # Names.
@@ -399,8 +470,8 @@ def test_a_sampler_works_on_a_flow_or_says_that_it_cannot(sampler):
             sampler.solver_for(Flow())
         return
     solver, denoiser = sampler.solver_for(Flow()), Denoiser(Toy.init(), Flow())
-    exact = sample(denoiser, noise(), flow_schedule(512), Heun(straight=True))
-    x = sample(denoiser, noise(), flow_schedule(64), solver, key=jax.random.key(0))
+    exact = whole(denoiser, noise(), flow_schedule(512), Heun(straight=True))
+    x = whole(denoiser, noise(), flow_schedule(64), solver, key=jax.random.key(0))
     assert np.isfinite(x).all()
     if not solver.requires_key:
         assert relative_error(x, exact) < 0.02

@@ -37,7 +37,7 @@ class Sampler:
     **Arguments:**
 
     - `name`: ours.
-    - `aliases`: the classes of diffusers and the names of A1111 that mean it.
+    - `aliases`: the classes of diffusers that mean it and, last, its name in A1111's style.
     - `summary`: one line.
     - `solver`: for models trained as DDPMs.
     - `grid`: how its steps lie over the thousand levels of such a model.
