@@ -396,8 +396,8 @@ def test_one_tile_is_the_whole():
 
 @pytest.mark.parametrize("settings", [{"overlap": 0}, {"overlap": 64}, {"passes": 0}])
 def test_impossible_tiles_are_an_error(settings):
+    run = lambda latent: decode_tiled(autoencoder("no_attention"), latent, **settings)
     with pytest.raises(ValueError, match=r"overlap of|0 passes"):
-        run = lambda latent: decode_tiled(autoencoder("no_attention"), latent, **settings)
         jax.eval_shape(run, jnp.zeros((80, 80, 4)))
 
 
