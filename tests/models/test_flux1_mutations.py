@@ -274,7 +274,7 @@ MUTATIONS = [
         "dev-square",
         "pipeline:to_bytes",
         "np.round(array * 255)",
-        "array * 255",
+        "(array * 255)",
     ),
 ]
 
