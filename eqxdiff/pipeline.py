@@ -120,7 +120,8 @@ def open_model(
         size, known = tokenizers[part].vocab_size, configs[encoder].vocab_size
         if size > known:  # an index out of range would be clamped in silence
             raise ConfigError(
-                f"{part} has {size} tokens and {encoder} embeds {known}: they do not belong together."
+                f"{part} has {size} tokens and {encoder} embeds {known}: "
+                "they do not belong together."
             )
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
