@@ -126,8 +126,8 @@ MUTATIONS = [
         "scale of attention",
         "dev-square",
         "kernels.attention:attention",
-        "scale = q.shape[-1] ** -0.5",
-        "scale = q.shape[-1] ** -0.4",
+        "scale = float(q.shape[-1]) ** -0.5",
+        "scale = float(q.shape[-1]) ** -0.4",
     ),
     # The schedule.
     Mutation(
