@@ -1,3 +1,4 @@
+import math
 from typing import Literal
 
 from jaxtyping import Array, Bool, Float
@@ -36,7 +37,7 @@ def attention(
     Source: https://arxiv.org/abs/1706.03762, section 3.2.
     """
     if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
+        scale = 1 / math.sqrt(q.shape[-1])
     if implementation is None:
         scores = 4 * q.shape[0] * q.shape[1] * k.shape[0]
         implementation = "plain" if scores <= _PLAIN_BYTES else "chunked"

@@ -126,8 +126,8 @@ MUTATIONS = [
         "scale of attention",
         "dev-square",
         "kernels.attention:attention",
-        "scale = float(q.shape[-1]) ** -0.5",
-        "scale = float(q.shape[-1]) ** -0.4",
+        "math.sqrt(q.shape[-1])",
+        "q.shape[-1] ** 0.4",
     ),
     # The schedule.
     Mutation(
