@@ -103,7 +103,13 @@ class Upsample2D(eqx.Module):
     def init(cls, channels: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
         return cls(Conv2d.init(channels, channels, 3, padding=1, key=key, dtype=dtype))
 
-    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "2*h 2*w c"]:
+    def __call__(
+        self, x: Float[Array, "h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "h2 w2 c"]:
+        """To `size`, height and width, where one of twice that of `x` is not wanted: a side that
+        an odd one was halved to is doubled but for the last row or column."""
         h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, None, :, None, :], (h, 2, w, 2, c))
-        return self.conv(x.reshape(2 * h, 2 * w, c))
+        x = jnp.broadcast_to(x[:, None, :, None, :], (h, 2, w, 2, c)).reshape(2 * h, 2 * w, c)
+        if size is not None:
+            x = x[: size[0], : size[1]]
+        return self.conv(x)

@@ -1,0 +1,255 @@
+"""The layers of the UNet of Stable Diffusion 1, 2 and XL, under the names of diffusers."""
+
+from itertools import zip_longest
+from typing import Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from .._types import PRNGKey
+from ..kernels import attention
+from ..nn import (
+    Conv2d,
+    Downsample2D,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    ResnetBlock2D,
+    Upsample2D,
+    fold,
+    gelu_erf,
+    stack,
+)
+from ._unet_config import UNetConfig
+
+
+LAYER_NORM_EPS = 1e-5
+TRANSFORMER_NORM_EPS = 1e-6
+MLP_RATIO = 4
+
+
+class Attention(eqx.Module):
+    """Attention of pixels to each other, or to the prompt."""
+
+    to_q: Linear
+    to_k: Linear
+    to_v: Linear
+    to_out: Linear
+    heads: int = eqx.field(static=True)
+
+    @classmethod
+    def init(
+        cls, dim: int, context_dim: int, heads: int, *, key: PRNGKey, dtype: DTypeLike
+    ) -> Self:
+        keys = jax.random.split(key, 4)
+        widths = (dim, context_dim, context_dim)
+        q, k, v = (
+            Linear.init(width, dim, bias=False, key=key, dtype=dtype)
+            for width, key in zip(widths, keys[:3], strict=True)
+        )
+        return cls(q, k, v, Linear.init(dim, dim, key=keys[3], dtype=dtype), heads)
+
+    def __call__(
+        self, x: Float[Array, "pixels dim"], context: Float[Array, "tokens context_dim"]
+    ) -> Float[Array, "pixels dim"]:
+        split = lambda y: y.reshape(y.shape[0], self.heads, -1)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attention(split(q), split(k), split(v)).reshape(x.shape))
+
+
+class GatedMLP(eqx.Module):
+    """A linear layer gated by the GELU of another (https://arxiv.org/abs/2002.05202), a third."""
+
+    proj_in: Linear
+    proj_out: Linear
+
+    @classmethod
+    def init(cls, dim: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        key1, key2 = jax.random.split(key)
+        hidden = MLP_RATIO * dim
+        return cls(
+            Linear.init(dim, 2 * hidden, key=key1, dtype=dtype),
+            Linear.init(hidden, dim, key=key2, dtype=dtype),
+        )
+
+    def __call__(self, x: Float[Array, "pixels dim"]) -> Float[Array, "pixels dim"]:
+        x, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(x * gelu_erf(gate))
+
+
+class TransformerBlock(eqx.Module):
+    """Attention to the image, attention to the prompt, and a gated MLP."""
+
+    norm1: LayerNorm
+    attn1: Attention
+    norm2: LayerNorm
+    attn2: Attention
+    norm3: LayerNorm
+    ff: GatedMLP
+
+    @classmethod
+    def init(cls, cfg: UNetConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys = jax.random.split(key, 3)
+        dim, heads = cfg.block_out_channels[level], cfg.heads(level)
+        norm = lambda: LayerNorm.init(dim, eps=LAYER_NORM_EPS, dtype=dtype)
+        return cls(
+            norm(),
+            Attention.init(dim, dim, heads, key=keys[0], dtype=dtype),
+            norm(),
+            Attention.init(dim, cfg.cross_attention_dim, heads, key=keys[1], dtype=dtype),
+            norm(),
+            GatedMLP.init(dim, key=keys[2], dtype=dtype),
+        )
+
+    def __call__(
+        self, x: Float[Array, "pixels dim"], context: Float[Array, "tokens context_dim"]
+    ) -> Float[Array, "pixels dim"]:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(eqx.Module):
+    """Transformer blocks, stacked along a leading axis, on the pixels of an image; with a skip."""
+
+    norm: GroupNorm
+    proj_in: Linear | Conv2d
+    transformer_blocks: TransformerBlock
+    proj_out: Linear | Conv2d
+
+    @classmethod
+    def init(cls, cfg: UNetConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys = jax.random.split(key, 3)
+        dim, groups = cfg.block_out_channels[level], cfg.norm_num_groups
+        linear = lambda key: Linear.init(dim, dim, key=key, dtype=dtype)
+        conv = lambda key: Conv2d.init(dim, dim, 1, key=key, dtype=dtype)
+        project = linear if cfg.use_linear_projection else conv
+        block = lambda key: TransformerBlock.init(cfg, level, key=key, dtype=dtype)
+        return cls(
+            GroupNorm.init(dim, groups=groups, eps=TRANSFORMER_NORM_EPS, dtype=dtype),
+            project(keys[0]),
+            stack(block, cfg.depth(level), key=keys[1]),
+            project(keys[2]),
+        )
+
+    def __call__(
+        self, x: Float[Array, "h w c"], context: Float[Array, "tokens context_dim"], remat: bool
+    ) -> Float[Array, "h w c"]:
+        y = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
+        attend = lambda block, y: block(y, context)
+        y = fold(self.transformer_blocks, y, attend, remat=remat)
+        return x + self.proj_out(y.reshape(x.shape))
+
+
+def _resnet(cfg: UNetConfig, in_channels: int, out_channels: int, **kwargs) -> ResnetBlock2D:
+    temb, groups, eps = cfg.temb_channels, cfg.norm_num_groups, cfg.norm_eps
+    return ResnetBlock2D.init(
+        in_channels, out_channels, temb_channels=temb, groups=groups, eps=eps, **kwargs
+    )
+
+
+class DownBlock(eqx.Module):
+    """A level on the way down: residual blocks, each with a transformer after it if any has one."""
+
+    resnets: tuple[ResnetBlock2D, ...]
+    attentions: tuple[SpatialTransformer, ...]
+    downsamplers: tuple[Downsample2D, ...]
+
+    @classmethod
+    def init(cls, cfg: UNetConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys = jax.random.split(key, 2 * cfg.layers_per_block + 1)
+        out, before = cfg.block_out_channels[level], cfg.block_out_channels[max(level - 1, 0)]
+        widths = [before] + [out] * (cfg.layers_per_block - 1)
+        resnets, attentions, downsamplers = [], [], ()
+        for width, key1, key2 in zip(widths, keys[1::2], keys[2::2], strict=True):
+            resnets.append(_resnet(cfg, width, out, key=key1, dtype=dtype))
+            if cfg.attends(level):
+                attentions.append(SpatialTransformer.init(cfg, level, key=key2, dtype=dtype))
+        if level < cfg.levels - 1:
+            downsamplers = (Downsample2D.init(out, padding=1, key=keys[0], dtype=dtype),)
+        return cls(tuple(resnets), tuple(attentions), downsamplers)
+
+    def __call__(
+        self,
+        x: Float[Array, "h w in"],
+        temb: Float[Array, " temb"],
+        context: Float[Array, "tokens context_dim"],
+        remat: bool,
+    ) -> list[Float[Array, "_ _ out"]]:
+        """The output of each layer; the last is that of the level."""
+        outputs = []
+        for resnet, attend in zip_longest(self.resnets, self.attentions):
+            x = resnet(x, temb)
+            x = x if attend is None else attend(x, context, remat)
+            outputs.append(x)
+        return outputs + [downsample(x) for downsample in self.downsamplers]
+
+
+class MidBlock(eqx.Module):
+    """The lowest level: a residual block, a transformer, a residual block."""
+
+    resnets: tuple[ResnetBlock2D, ResnetBlock2D]
+    attentions: tuple[SpatialTransformer]
+
+    @classmethod
+    def init(cls, cfg: UNetConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
+        keys, level, width = jax.random.split(key, 3), cfg.levels - 1, cfg.block_out_channels[-1]
+        first, last = (_resnet(cfg, width, width, key=k, dtype=dtype) for k in keys[:2])
+        return cls((first, last), (SpatialTransformer.init(cfg, level, key=keys[2], dtype=dtype),))
+
+    def __call__(
+        self,
+        x: Float[Array, "h w c"],
+        temb: Float[Array, " temb"],
+        context: Float[Array, "tokens context_dim"],
+        remat: bool,
+    ) -> Float[Array, "h w c"]:
+        x = self.attentions[0](self.resnets[0](x, temb), context, remat)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(eqx.Module):
+    """A level on the way up: like `DownBlock`, each residual block also taking what one layer on
+    the way down put out."""
+
+    resnets: tuple[ResnetBlock2D, ...]
+    attentions: tuple[SpatialTransformer, ...]
+    upsamplers: tuple[Upsample2D, ...]
+
+    @classmethod
+    def init(
+        cls, cfg: UNetConfig, level: int, skips: list[int], *, key: PRNGKey, dtype: DTypeLike
+    ) -> Self:
+        """`level` counts as on the way down; `skips` are the widths that it takes, last first."""
+        keys = jax.random.split(key, 2 * len(skips) + 1)
+        out, before = cfg.block_out_channels[level], cfg.block_out_channels[level + 1 :][:1]
+        widths = [*before, *[out] * len(skips)]
+        resnets, attentions, upsamplers = [], [], ()
+        for width, skip, key1, key2 in zip(widths, skips, keys[1::2], keys[2::2], strict=False):
+            resnets.append(_resnet(cfg, width + skip, out, key=key1, dtype=dtype))
+            if cfg.attends(level):
+                attentions.append(SpatialTransformer.init(cfg, level, key=key2, dtype=dtype))
+        if level > 0:
+            upsamplers = (Upsample2D.init(out, key=keys[0], dtype=dtype),)
+        return cls(tuple(resnets), tuple(attentions), upsamplers)
+
+    def __call__(
+        self,
+        x: Float[Array, "h w in"],
+        skips: list[Float[Array, "_ _ _"]],
+        temb: Float[Array, " temb"],
+        context: Float[Array, "tokens context_dim"],
+        remat: bool,
+    ) -> tuple[Float[Array, "_ _ out"], list[Float[Array, "_ _ _"]]]:
+        """The output, of the size of the last skip left, and the skips left: those of its own
+        layers are taken from the end."""
+        own, skips = skips[-len(self.resnets) :], skips[: -len(self.resnets)]
+        for resnet, attend in zip_longest(self.resnets, self.attentions):
+            x = resnet(jnp.concatenate([x, own.pop()], axis=-1), temb)
+            x = x if attend is None else attend(x, context, remat)
+        for upsample in self.upsamplers:
+            x = upsample(x, (skips[-1].shape[0], skips[-1].shape[1]))
+        return x, skips
