@@ -26,7 +26,8 @@ from test_unet import (
 
 from eqxdiff._errors import ConfigError
 from eqxdiff.checkpoint import InMemory, check, export_infos, leaf_paths, load_module, read_table
-from eqxdiff.models._controlnet import ControlNet, ControlNetConfig, sum_residuals
+from eqxdiff.models import _controlnet
+from eqxdiff.models._controlnet import ControlNet, ControlNetConfig
 from eqxdiff.models._unet_rules import CONTROLNET
 from eqxdiff.sharding import logical_axes
 
@@ -106,7 +107,7 @@ def test_residuals_agree_with_diffusers(reference, kind, mode):
 def test_a_controlled_unet_agrees_with_diffusers(reference, kind, names):
     """With one, and with two, of which the second was trained on BGR."""
     unet = load_unet(parse(reference[f"{kind}/unet"]))
-    control = sum_residuals([run(reference, kind, name) for name in names])
+    control = _controlnet.sum_residuals([run(reference, kind, name) for name in names])
     out = apply(unet, read_inputs(reference, kind), residuals=control)
     assert_agrees(out, reference, f"{kind}/{len(names)}/out")
 
