@@ -118,13 +118,21 @@ class Folder(AbstractStore):
 class Repository(AbstractStore):
     """One commit of a repository on the Hub, through the cache of `huggingface_hub`."""
 
-    def __init__(self, repository: str, revision: str | None, *, offline: bool | None):
-        """**Raises:** `SourceError`."""
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None,
+        *,
+        offline: bool | None,
+        first: str = INDEX,
+    ):
+        """**Raises:** `SourceError`, also where there is no file `first`."""
         self._repository, self._revision = repository, revision
         self._offline = constants.HF_HUB_OFFLINE if offline is None else offline
         # The first file is asked for by the branch or tag, so that the cache remembers its commit.
-        index = self._fetch(INDEX, revision)
-        self._root = index.parent
+        self._root = self._fetch(first, revision)
+        for _ in first.split("/"):
+            self._root = self._root.parent
         self._commit = self._root.name
         self._files: list[str] | None = None if self._offline else self._list()
 
@@ -267,6 +275,10 @@ def _explain_status(
     return SourceError(f"The Hub refuses {repository}: {text.rstrip('.')}; see {page}.")
 
 
+def _within(folder: str, name: str) -> str:
+    return "/".join(filter(None, (folder, name)))
+
+
 def _at(revision: str | None) -> str:
     return "" if revision is None else f" at revision {revision}"
 
@@ -321,7 +333,7 @@ class Source:
         files = [name for name in self._store.files(part) if not name.endswith(HEAVY)]
         if not files:
             raise SourceError(f"{self.name} has no {part}{self._store.hint}.")
-        return self._store.paths([f"{part}/{name}" for name in files])[0].parent
+        return self._store.paths([_within(part, name) for name in files])[0].parent
 
     def weight_files(self, part: str, *, variant: str | None = None) -> list[str]:
         """The safetensors file of a component, or the index of its shards and then the shards.
@@ -335,7 +347,7 @@ class Source:
         **Raises:** `SourceError` where there are none or where it is not clear which are meant.
         """
         names = self._store.files(part)
-        where = f"{self.name}/{part}"
+        where = _within(self.name, part)
         found: dict[str | None, list[str]] = {}
         for name in names:
             if match := WEIGHTS.fullmatch(name):
@@ -351,8 +363,8 @@ class Source:
         first_index = any(name.startswith("diffusion") for name in index)
         choice = (index + single if first_index else single + index)[0]
         if choice.endswith(".safetensors"):
-            return [f"{part}/{choice}"]
-        path = self.path(f"{part}/{choice}")
+            return [_within(part, choice)]
+        path = self.path(_within(part, choice))
         weight_map = read_index(path.read_bytes(), str(path))
         shards = sorted(set(weight_map.values()))
         if missing := [shard for shard in shards if shard not in names]:
@@ -360,7 +372,7 @@ class Source:
                 f"{where} lacks {len(missing)} of the {len(shards)} files that {choice} lists"
                 f"{self._store.hint}: {', '.join(missing[:4])}{', ...' if missing[4:] else ''}."
             )
-        return [f"{part}/{name}" for name in (choice, *shards)]
+        return [_within(part, name) for name in (choice, *shards)]
 
     def tensors(self, part: str, *, variant: str | None = None) -> AbstractTensorSource:
         """The weights of a component, downloaded if need be.
@@ -404,6 +416,7 @@ def open_source(
     *,
     revision: str | None = None,
     offline: bool | None = None,
+    first: str = INDEX,
 ) -> Source:
     """Opens a local folder in diffusers layout, or a repository on the Hub.
 
@@ -417,6 +430,8 @@ def open_source(
       `"black-forest-labs/FLUX.1-dev"` or its address on the Hub.
     - `revision`: branch, tag or commit of a repository.
     - `offline`: use only what is in the cache; `HF_HUB_OFFLINE` by default.
+    - `first`: the file of a repository that is downloaded at once and must exist. That of a single
+      component is `config.json`.
 
     **Raises:** `SourceError`, which tells apart what is missing and what may not be read.
     """
@@ -434,4 +449,4 @@ def open_source(
             f"There is no folder {text}; give a folder in the diffusers layout, or a Hub "
             "repository as OWNER/NAME."
         )
-    return Source(Repository(repository, revision, offline=offline))
+    return Source(Repository(repository, revision, offline=offline, first=first))
