@@ -24,3 +24,11 @@ class SettingError(EqxdiffError):
 
 class PromptError(EqxdiffError):
     """A prompt cannot be tokenized."""
+
+
+class DataError(EqxdiffError):
+    """A folder of training data lacks images or captions, or an image is broken."""
+
+
+class TrainingError(EqxdiffError):
+    """A run cannot begin or go on: its folder holds another, or its loss is not finite."""
