@@ -26,11 +26,16 @@ def fill(module: torch.nn.Module, gain: float = 1.0, prefix: str = "") -> torch.
     return module.eval().requires_grad_(False)
 
 
-def write_manifest(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Writes tensor names and shapes as `helpers.read_manifest` reads them, blocks in one line."""
+def write_manifest(
+    name: str, shapes: dict[str, tuple[int, ...]], layers: str = r".*?_blocks"
+) -> None:
+    """Writes tensor names and shapes as `helpers.read_manifest` reads them, blocks in one line.
+
+    `layers` is what the number of a block follows.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for tensor, shape in shapes.items():
-        head, index, tail = re.fullmatch(r"(?:(.*?_blocks)\.(\d+)\.)?(.*)", tensor).groups()
+        head, index, tail = re.fullmatch(rf"(?:({layers})\.(\d+)\.)?(.*)", tensor).groups()
         pattern = tail if head is None else f"{head}.#.{tail}"
         groups.setdefault((pattern, tuple(shape)), []).append(int(index or 0))
     lines = []

@@ -7,6 +7,7 @@ tensor that diffusers converts it to, a hash of its float32 bytes.
 import hashlib
 import inspect
 import json
+from collections.abc import Sequence
 
 import torch
 from _torch import FIXTURES, write_manifest
@@ -57,7 +58,9 @@ def flux(
     return shapes
 
 
-def autoencoder() -> dict[str, tuple[int, ...]]:
+def autoencoder(
+    widths: Sequence[int] = WIDTHS, latent: int = 4, *, quant: bool = True
+) -> dict[str, tuple[int, ...]]:
     """The layout of https://github.com/CompVis/latent-diffusion/blob/a506df5756472e2ebaf9078affdde2c4f1502cd4/ldm/modules/diffusionmodules/model.py"""
     shapes = {}
 
@@ -76,34 +79,35 @@ def autoencoder() -> dict[str, tuple[int, ...]]:
             conv(f"{name}.nin_shortcut", out, inner, 1)
 
     def middle(name: str) -> None:
-        resnet(f"{name}.block_1", WIDTHS[-1], WIDTHS[-1])
-        norm(f"{name}.attn_1.norm", WIDTHS[-1])
+        resnet(f"{name}.block_1", widths[-1], widths[-1])
+        norm(f"{name}.attn_1.norm", widths[-1])
         for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", WIDTHS[-1], WIDTHS[-1], 1)
-        resnet(f"{name}.block_2", WIDTHS[-1], WIDTHS[-1])
+            conv(f"{name}.attn_1.{part}", widths[-1], widths[-1], 1)
+        resnet(f"{name}.block_2", widths[-1], widths[-1])
 
-    conv("encoder.conv_in", WIDTHS[0], 3)
-    conv("decoder.conv_in", WIDTHS[-1], 4)
-    inner = WIDTHS[0]
-    for i, width in enumerate(WIDTHS):
+    conv("encoder.conv_in", widths[0], 3)
+    conv("decoder.conv_in", widths[-1], latent)
+    inner = widths[0]
+    for i, width in enumerate(widths):
         for j in range(2):
             resnet(f"encoder.down.{i}.block.{j}", inner if j == 0 else width, width)
         inner = width
-        if i < len(WIDTHS) - 1:
+        if i < len(widths) - 1:
             conv(f"encoder.down.{i}.downsample.conv", width, width)
-    for i, width in reversed(list(enumerate(WIDTHS))):
+    for i, width in reversed(list(enumerate(widths))):
         for j in range(3):
             resnet(f"decoder.up.{i}.block.{j}", inner if j == 0 else width, width)
         inner = width
         if i > 0:
             conv(f"decoder.up.{i}.upsample.conv", width, width)
-    for side, width in (("encoder", WIDTHS[-1]), ("decoder", WIDTHS[0])):
+    for side, width in (("encoder", widths[-1]), ("decoder", widths[0])):
         middle(f"{side}.mid")
         norm(f"{side}.norm_out", width)
-    conv("encoder.conv_out", 8, WIDTHS[-1])
-    conv("decoder.conv_out", 3, WIDTHS[0])
-    conv("quant_conv", 8, 8, 1)
-    conv("post_quant_conv", 4, 4, 1)
+    conv("encoder.conv_out", 2 * latent, widths[-1])
+    conv("decoder.conv_out", 3, widths[0])
+    if quant:
+        conv("quant_conv", 2 * latent, 2 * latent, 1)
+        conv("post_quant_conv", latent, latent, 1)
     return shapes
 
 
