@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models import Settings as Settings, find_model as find_model, model_names as model_names
     from .pipeline import (
         Blueprint as Blueprint,
+        ControlImage as ControlImage,
         Encoded as Encoded,
         Picture as Picture,
         Pipeline as Pipeline,
@@ -37,7 +38,7 @@ __version__ = importlib.metadata.version("eqxdiff")
 _HOMES = {
     "models": ("Settings", "find_model", "model_names"),
     "pipeline": (
-        *("Blueprint", "Encoded", "Picture", "Pipeline", "Result"),
+        *("Blueprint", "ControlImage", "Encoded", "Picture", "Pipeline", "Result"),
         *("generate", "generate_each", "load", "open_model"),
     ),
     "sampling": ("sample",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +16,22 @@ from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
-from .checkpoint import Source, load_module, open_source, read_table
-from .models import AbstractFamily, Guidance, Modules, Settings, check_range, find_model
-from .sampling import AbstractSolver, Schedule, start, step
+from .checkpoint import Part, Source, load_module, open_part, open_source, read_table
+from .models import (
+    AbstractFamily,
+    Component,
+    Control,
+    Guidance,
+    Modules,
+    Settings,
+    check_range,
+    control_names,
+    find_model,
+)
+from .sampling import AbstractParameterization, AbstractSolver, Schedule, start, step
 from .sharding import BATCH_AXES, parameter_sharding, shard_batch
 from .text import Tokenized, Tokenizer
-from .vae import AutoencoderKL
+from .vae import AutoencoderKL, decode_tiled
 
 
 Progress = Callable[[str, int, int], None]
@@ -38,6 +49,10 @@ class Blueprint:
     - `dtype`: of the weights; `None` keeps the checkpoint's.
     - `compute_dtype`: of the activations.
     - `mesh`: the devices to spread over, or `None` for the default one.
+    - `components`: those of the family and the ControlNets, by name.
+    - `parts`: where the weights of those are that are not the source's own.
+    - `defaults`: the settings that hold where nothing else is given.
+    - `made_for`: the number of steps that the weights are made for, if there is one.
     """
 
     model: str
@@ -48,14 +63,35 @@ class Blueprint:
     dtype: Any
     compute_dtype: Any
     mesh: Mesh | None
+    components: Mapping[str, Component]
+    parts: Mapping[str, Part]
+    defaults: Settings
+    made_for: int | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others."""
+        parts = {name: dict(part.identity) for name, part in self.parts.items()}
+        return {**self.source.identity, **({"parts": parts} if parts else {})}
+
+    @property
+    def controlnets(self) -> int:
+        """How many ControlNets there are."""
+        return len(self.components) - len(self.family.components)
 
     def names(self, stage: str) -> list[str]:
         """The components of a stage: `"text"`, `"denoiser"` or `"vae"`."""
-        return [name for name, part in self.family.components.items() if part.stage == stage]
+        return [name for name, part in self.components.items() if part.stage == stage]
 
     def resolve(self, given: Mapping[str, Any]) -> Settings:
         """The settings as applied. **Raises:** `SettingError`."""
-        return self.family.resolve(given, self.model, self.configs)
+        settings = self.family.resolve(given, self.model, self.defaults, self.configs)
+        if self.made_for not in (None, settings.steps):
+            raise SettingError(
+                f"These weights of {self.model} are made for {self.made_for} steps: load the model "
+                f"with steps={settings.steps} for others."
+            )
+        return settings
 
     def tokenize(
         self, prompt: str, prompt_2: str | None, settings: Settings
@@ -69,9 +105,10 @@ class Blueprint:
         return {name: self._load_component(name, progress) for name in names}
 
     def _load_component(self, name: str, progress: Progress | None) -> Any:
-        component = self.family.components[name]
+        component = self.components[name]
         report = None if progress is None else partial(progress, f"loading {name}")
-        tensors = self.source.tensors(name)
+        part = self.parts.get(name)
+        tensors = self.source.tensors(name) if part is None else part.tensors()
         dtype = tensors.dtype if self.dtype is None else self.dtype
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
@@ -94,6 +131,9 @@ def open_model(
     name: str,
     weights: str | None = None,
     *,
+    parts: Mapping[str, str] = types.MappingProxyType({}),
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
     revision: str | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -107,14 +147,36 @@ def open_model(
     had, `ConfigError` where they are of another architecture.
     """
     family, preset = find_model(name)
+    made_for = None
+    if preset.distilled and weights is None and not set(preset.parts) & set(parts):
+        made_for = steps or preset.defaults.steps
+        if made_for not in preset.distilled:
+            choices = ", ".join(map(str, preset.distilled))
+            raise SettingError(f"{name} is made for {choices} steps, not for {made_for}.")
+    preset = preset.distilled.get(steps or preset.defaults.steps, preset)
     source = open_source(weights or preset.repository, revision=revision)
+    specs = {**(preset.parts if weights is None else {}), **parts}
+    if unknown := [part for part in specs if part not in family.components]:
+        choices = ", ".join(family.components)
+        raise SettingError(f"{name} has no component {unknown[0]}: it has {choices}.")
+    opened = {part: open_part(spec) for part, spec in specs.items()}
     configs = {
         "pipeline": family.parse_index(source.read_json("model_index.json")),
         "scheduler": family.parse_scheduler(source.read_json("scheduler/scheduler_config.json")),
     }
     for part, component in family.components.items():
-        configs[part] = component.parse(source.read_json(f"{part}/config.json"))
+        fields = opened[part].config() if part in opened else None
+        configs[part] = component.parse(fields or source.read_json(f"{part}/config.json"))
     family.check(configs)
+    components = dict(family.components)
+    if controlnets and family.controlnet is None:
+        raise SettingError(f"There are no ControlNets for {name}.")
+    for part, spec in zip(control_names(len(controlnets)), controlnets, strict=True):
+        assert family.controlnet is not None
+        components[part] = family.controlnet
+        opened[part] = open_part(preset.controls.get(spec, spec))
+        configs[part] = family.controlnet.parse(opened[part].config() or {})
+        family.check_control(configs, configs[part])
     tokenizers = {part: Tokenizer.load(source.folder(part)) for part in family.tokenizers}
     for part, encoder in family.tokenizers.items():
         size, known = tokenizers[part].vocab_size, configs[encoder].vocab_size
@@ -125,9 +187,20 @@ def open_model(
             )
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    compute_dtype = jnp.dtype(compute_dtype)
-    dtype = None if dtype is None else jnp.dtype(dtype)
-    return Blueprint(name, family, source, configs, tokenizers, dtype, compute_dtype, mesh)
+    return Blueprint(
+        name,
+        family,
+        source,
+        configs,
+        tokenizers,
+        None if dtype is None else jnp.dtype(dtype),
+        jnp.dtype(compute_dtype),
+        mesh,
+        components,
+        opened,
+        preset.defaults,
+        made_for,
+    )
 
 
 class Encoded(eqx.Module):
@@ -135,8 +208,8 @@ class Encoded(eqx.Module):
 
     **Fields:**
 
-    - `conditional`: the family's conditioning, one row for each prompt.
-    - `unconditional`: that of the negative prompt, with classifier-free guidance.
+    - `conditional`: what the family's text encoders say, one row for each prompt.
+    - `unconditional`: the same of the negative prompt, with classifier-free guidance.
     - `dropped`: for each prompt, what was cut off its end.
     """
 
@@ -185,7 +258,7 @@ class Pipeline(eqx.Module):
         **Arguments:**
 
         - `given`: fields of `Settings`. What matters here are the second and negative prompts, the
-            guidance and `max_sequence_length`; the rest may be given too.
+            guidance, `clip_skip` and `max_sequence_length`; the rest may be given too.
 
         **Raises:** `SettingError` where an encoder is not loaded; `PromptError`.
         """
@@ -198,14 +271,17 @@ class Pipeline(eqx.Module):
             texts = plan.tokenize(prompt, prompt_2, settings)
             tokens = {name: jnp.asarray(text.ids) for name, text in texts.items()}
             dropped = dict.fromkeys(text.dropped for text in texts.values() if text.dropped)
-            encoded = _encode(plan.family, modules, tokens, plan.compute_dtype)
+            skip = settings.clip_skip or 0
+            encoded = _encode(plan.family, modules, tokens, skip, plan.compute_dtype)
             return encoded, max(dropped, key=len, default="")
 
         rows = [encode(prompt, settings.prompt_2) for prompt in prompts]
         unconditional = None
         if plan.family.guidance(plan.configs, settings).classifier_free is not None:
-            second = settings.negative_prompt_2
-            unconditional, _ = encode(settings.negative_prompt or "", second)
+            texts = settings.negative_prompt, settings.negative_prompt_2
+            unconditional, _ = encode(texts[0] or "", texts[1])
+            if texts == (None, None):
+                unconditional = plan.family.absent(plan.configs, unconditional)
         conditional = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(row for row, _ in rows))
         return Encoded(conditional, unconditional, prompts, tuple(cut for _, cut in rows))
 
@@ -214,6 +290,9 @@ def load(
     name: str,
     weights: str | None = None,
     *,
+    parts: Mapping[str, str] = types.MappingProxyType({}),
+    controlnets: Sequence[str] = (),
+    steps: int | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -226,6 +305,10 @@ def load(
 
     - `name`: such as `"flux-dev"`.
     - `weights`: a folder in the diffusers layout or a Hub repository, by default the model's own.
+    - `parts`: component -> a `.safetensors` file, a folder, a repository or `REPOSITORY:FILE`, in
+        place of the model's own, such as `{"unet": "ByteDance/SDXL-Lightning:..."}`.
+    - `controlnets`: names that the model knows, such as `"canny"`, or folders or repositories.
+    - `steps`: for a model whose weights depend on the number of steps, such as SDXL-Lightning.
     - `dtype`: of the weights, by default the checkpoint's.
     - `compute_dtype`: of the activations, by default float32 on a CPU and else bfloat16.
     - `mesh`: from `eqxdiff.make_mesh`, to spread weights and batches over devices.
@@ -234,9 +317,73 @@ def load(
     **Raises:** `SettingError`, `SourceError`, `ConfigError` or `CheckpointError`.
     """
     plan = open_model(
-        name, weights, revision=revision, dtype=dtype, compute_dtype=compute_dtype, mesh=mesh
+        name,
+        weights,
+        parts=parts,
+        controlnets=controlnets,
+        steps=steps,
+        revision=revision,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
     )
-    return Pipeline(plan.load(list(plan.family.components), progress=progress), plan)
+    return Pipeline(plan.load(list(plan.components), progress=progress), plan)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ControlImage:
+    """A picture of what to draw where, for one ControlNet.
+
+    **Fields:**
+
+    - `image`: of the size of the picture to be made: a PIL image, or `(height, width, 3)` as uint8
+        or from 0 to 1.
+    - `scale`: how much it counts; 0 is off.
+    - `start`, `end`: the parts of all steps that are done when it begins and ceases to act.
+    - `guess`: whether it acts on the conditional prediction alone and the less the finer the layer,
+        for pictures without a prompt.
+    """
+
+    image: PILImage.Image | np.ndarray
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+
+    def resolve(self, settings: Settings, schedule: Schedule) -> Control:
+        """What the denoiser sees. **Raises:** `SettingError`."""
+        image = self.image.convert("RGB") if isinstance(self.image, PILImage.Image) else self.image
+        pixels = np.asarray(image)
+        if pixels.dtype == np.uint8:
+            pixels = pixels.astype(np.float32) / 255
+        wanted = settings.height, settings.width, 3
+        if pixels.shape != wanted:
+            size = "x".join(map(str, pixels.shape[1::-1]))
+            raise SettingError(
+                f"A control image is {size} and the picture {settings.width}x{settings.height}: "
+                "resize it, or give its size as --width and --height."
+            )
+        if not (np.isfinite(pixels).all() and 0 <= pixels.min() and pixels.max() <= 1):
+            raise SettingError("The pixels of a control image are not from 0 to 1.")
+        check_range("control_scale", self.scale, 0)
+        steps = schedule.steps
+        acts = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.end]
+        if not acts:
+            raise SettingError(
+                f"A control image that acts from {self.start:g} to {self.end:g} of the way acts on "
+                f"none of {steps} steps."
+            )
+        times = np.asarray(schedule.timestep)
+        first = np.inf if acts[0] == 0 else times[acts[0]]
+        last = -1.0 if acts[-1] == steps - 1 else times[acts[-1] + 1]
+        scalar = lambda value: jnp.asarray(value, jnp.float32)
+        return Control(
+            jnp.asarray(pixels, jnp.float32),
+            scalar(self.scale),
+            scalar(first),
+            scalar(last),
+            self.guess,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +438,7 @@ def generate(
     num_images: int = 1,
     batch_size: int = 1,
     noise: Float[np.ndarray, "n c h w"] | None = None,
+    controls: Sequence[ControlImage] = (),
     progress: Progress | None = None,
     **given: Any,
 ) -> Result:
@@ -305,6 +453,7 @@ def generate(
     - `batch_size`: images in one compiled call. The last batch is padded, not recompiled.
     - `noise`: the initial noise of all images, `(n, channels, height / 8, width / 8)`, of unit
         variance, in place of that of the seeds.
+    - `controls`: an image for each ControlNet that the pipeline was loaded with, or none.
     - `progress`: called as `progress(what, done, total)`.
     - `given`: fields of `Settings`: `steps`, `guidance`, `cfg`, `negative_prompt`, `height`,
         `width`, `sampler` and so on, by default the model's.
@@ -322,6 +471,7 @@ def generate(
             num_images=num_images,
             batch_size=batch_size,
             noise=noise,
+            controls=controls,
             progress=progress,
         )
     )
@@ -343,6 +493,7 @@ def generate_each(
     num_images: int = 1,
     batch_size: int = 1,
     noise: Float[np.ndarray, "n c h w"] | None = None,
+    controls: Sequence[ControlImage] = (),
     decode: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Picture]:
@@ -367,16 +518,28 @@ def generate_each(
     guidance = family.guidance(configs, settings)
     if (guidance.classifier_free is None) != (encoded.unconditional is None):
         raise SettingError("Encode the prompts with the guidance settings that they are used with.")
+    if len(controls) not in (0, plan.controlnets):
+        raise SettingError(
+            f"The model is loaded with {plan.controlnets} ControlNets, and there are "
+            f"{len(controls)} control images."
+        )
+    schedule = family.schedule(configs, settings)
+    unconditional = encoded.unconditional
+    if unconditional is not None:
+        unconditional = family.condition(settings, unconditional, negative=True)
     sampler = Sampler(
         pipe.stage("denoiser"),
-        encoded.unconditional,
+        unconditional,
         guidance,
-        family.schedule(configs, settings),
+        tuple(control.resolve(settings, schedule) for control in controls),
+        schedule,
         family.solver(configs, settings),
+        family.parameterization(configs, settings),
         family,
         plan.compute_dtype,
         plan.mesh,
     )
+    conditional = jax.vmap(partial(family.condition, settings, negative=False))(encoded.conditional)
     vae = pipe["vae"] if decode else None
     total = -(-len(jobs) // batch_size) * settings.steps
 
@@ -385,13 +548,13 @@ def generate_each(
         rows = np.array([jobs[i][0] for i in index])
         seeds = [jobs[i][1] for i in index]
         unit = initial_noise(seeds, (c, h, w)) if noise is None else jnp.asarray(noise[index])
-        conditional = gather(encoded.conditional, rows)
         done = first // batch_size * settings.steps
-        latents = sampler(unit, conditional, seeds, progress, done, total)
+        latents = sampler(unit, gather(conditional, rows), seeds, progress, done, total)
         arrays: list[np.ndarray | None] = [None] * batch_size
         if vae is not None:
             dtype = family.decode_dtype(configs, plan.compute_dtype)
-            arrays = list(np.asarray(_decode(vae, latents, dtype, plan.mesh)))
+            tiling = bool(settings.vae_tiling)
+            arrays = list(np.asarray(_decode(vae, latents, dtype, tiling, plan.mesh)))
         final = np.asarray(latents.transpose(0, 3, 1, 2), np.float32)
         for i in range(min(batch_size, len(jobs) - first)):
             check_finite(arrays[i], final[i], encoded.prompts[rows[i]])
@@ -409,8 +572,10 @@ class Sampler(eqx.Module):
     modules: Modules
     unconditional: PyTree | None
     guidance: Guidance
+    controls: tuple[Control, ...]
     schedule: Schedule
     solver: AbstractSolver
+    parameterization: AbstractParameterization
     family: AbstractFamily
     dtype: Any = eqx.field(static=True)
     mesh: Mesh | None = eqx.field(static=True)
@@ -440,8 +605,10 @@ class Sampler(eqx.Module):
 
 
 @eqx.filter_jit
-def _encode(family: AbstractFamily, modules: Modules, tokens: PyTree, dtype: Any) -> PyTree:
-    return family.encode(modules, tokens, dtype)
+def _encode(
+    family: AbstractFamily, modules: Modules, tokens: PyTree, clip_skip: int, dtype: Any
+) -> PyTree:
+    return family.encode(modules, tokens, clip_skip, dtype)
 
 
 @eqx.filter_jit
@@ -459,7 +626,13 @@ def _step(fixed: PyTree, x: Float[Array, "n h w c"], state: PyTree) -> tuple[Arr
 
     def one(x, state, conditional, key):
         denoiser = sampler.family.denoiser(
-            sampler.modules, conditional, sampler.unconditional, sampler.guidance, sampler.dtype
+            sampler.modules,
+            conditional,
+            sampler.unconditional,
+            sampler.guidance,
+            sampler.controls,
+            sampler.parameterization,
+            sampler.dtype,
         )
         return step(denoiser, x, state, sampler.schedule, index, sampler.solver, key)
 
@@ -468,10 +641,15 @@ def _step(fixed: PyTree, x: Float[Array, "n h w c"], state: PyTree) -> tuple[Arr
 
 @eqx.filter_jit
 def _decode(
-    vae: AutoencoderKL, latents: Float[Array, "n h w c"], dtype: Any, mesh: Mesh | None
+    vae: AutoencoderKL,
+    latents: Float[Array, "n h w c"],
+    dtype: Any,
+    tiling: bool,
+    mesh: Mesh | None,
 ) -> Float[Array, "n H W 3"]:
     def one(latent):
-        image = vae.decode(latent.astype(dtype)).astype(jnp.float32)
+        decode = decode_tiled if tiling else AutoencoderKL.decode
+        image = decode(vae, latent.astype(dtype)).astype(jnp.float32)
         return jnp.clip(image / 2 + 0.5, 0, 1)
 
     return _batched(one, mesh)(latents)

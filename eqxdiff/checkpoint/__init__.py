@@ -3,6 +3,7 @@
 from .export import export_infos as export_infos, export_tensors as export_tensors
 from .hub import Source as Source, open_source as open_source
 from .load import check as check, leaf_paths as leaf_paths, load_module as load_module
+from .part import Part as Part, open_part as open_part
 from .safetensors import SafetensorsFile as SafetensorsFile
 from .save import save_module as save_module
 from .source import (

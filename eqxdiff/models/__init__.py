@@ -6,15 +6,19 @@ from .._errors import SettingError
 from ._family import (
     AbstractFamily as AbstractFamily,
     Component as Component,
+    Control as Control,
     Guidance as Guidance,
     Modules as Modules,
     Preset as Preset,
+    control_names as control_names,
 )
 from ._settings import Settings as Settings, check_range as check_range
 from .flux1 import Flux1
+from .sd import StableDiffusion
+from .sdxl import StableDiffusionXL
 
 
-FAMILIES: tuple[AbstractFamily, ...] = (Flux1(),)
+FAMILIES: tuple[AbstractFamily, ...] = (Flux1(), StableDiffusion(), StableDiffusionXL())
 
 
 def model_names() -> list[str]:

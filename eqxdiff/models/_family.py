@@ -8,10 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .._types import Scalar, Tokens
-from ..sampling import AbstractSolver, Denoiser, Schedule
+from ..sampling import AbstractParameterization, AbstractSolver, Denoiser, Schedule
 from ..sharding import Rule
 from ..text import Tokenized, Tokenizer
 from ._settings import Settings
@@ -51,11 +51,25 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A model that users call by name: where its weights are and what it runs with by default."""
+    """A model that users call by name: where its weights are and what it runs with by default.
+
+    **Fields:**
+
+    - `summary`: one line.
+    - `repository`: in the diffusers layout.
+    - `defaults`: what it runs with.
+    - `parts`: component -> `REPOSITORY:FILE`, for those that are not the repository's own.
+    - `controls`: the ControlNets that users call by name, and their repositories.
+    - `distilled`: for a model whose weights are made for a number of steps: the steps, and what is
+        different for them.
+    """
 
     summary: str
     repository: str
     defaults: Settings
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    controls: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    distilled: Mapping[int, "Preset"] = dataclasses.field(default_factory=dict)
 
 
 class Guidance(eqx.Module):
@@ -65,10 +79,38 @@ class Guidance(eqx.Module):
 
     - `embedded`: told to the network.
     - `classifier_free`: how far to go from the unconditional to the conditional prediction.
+    - `rescale`: how far guidance goes back to the unguided contrast.
+    - `sequential`: whether it takes two calls of the network on one example.
     """
 
     embedded: Scalar | None
     classifier_free: Scalar | None
+    rescale: Scalar | None = None
+    sequential: bool = eqx.field(static=True, default=False)
+
+
+class Control(eqx.Module):
+    """A picture of what to draw where, for one ControlNet.
+
+    **Fields:**
+
+    - `image`: RGB from 0 to 1, of the size of the picture to be made.
+    - `scale`: how much it counts; 0 is off.
+    - `first`, `last`: it acts from the first timestep, included, down to the last, excluded.
+    - `guess`: whether it acts on the conditional prediction alone, the less the finer the layer, so
+        that it guides where there is no prompt.
+    """
+
+    image: Float[Array, "H W 3"]
+    scale: Scalar
+    first: Scalar
+    last: Scalar
+    guess: bool = eqx.field(static=True, default=False)
+
+
+def control_names(count: int) -> list[str]:
+    """The components of so many ControlNets: `controlnet`, `controlnet_1` and so on."""
+    return ["controlnet" if i == 0 else f"controlnet_{i}" for i in range(count)]
 
 
 class AbstractFamily(eqx.Module):
@@ -77,6 +119,8 @@ class AbstractFamily(eqx.Module):
     - `presets`: its models by name.
     - `components`: by folder name.
     - `tokenizers`: folder of a tokenizer -> the text encoder that it is for.
+    - `honoured`: the fields of `Settings` that count; another that is given is an error.
+    - `controlnet`: the ControlNets that go with it, if there are any.
 
     A family has no fields: it is a set of pure functions. Everything works on one example; the
     batch is the caller's `jax.vmap`.
@@ -85,6 +129,8 @@ class AbstractFamily(eqx.Module):
     presets: eqx.AbstractClassVar[Mapping[str, Preset]]
     components: eqx.AbstractClassVar[Mapping[str, Component]]
     tokenizers: eqx.AbstractClassVar[Mapping[str, str]]
+    honoured: eqx.AbstractClassVar[Sequence[str]]
+    controlnet: eqx.AbstractClassVar[Component | None]
 
     @abstractmethod
     def parse_scheduler(self, fields: Mapping[str, Any]) -> Any:
@@ -99,8 +145,18 @@ class AbstractFamily(eqx.Module):
         """Compares the components with each other. **Raises:** `ConfigError`."""
 
     @abstractmethod
-    def resolve(self, given: Mapping[str, Any], model: str, configs: Configs) -> Settings:
-        """What a user gave (fields of `Settings`), completed by the preset `model` and its configs.
+    def check_control(self, configs: Configs, control: Any) -> None:
+        """Compares the config of a ControlNet with the others. **Raises:** `ConfigError`."""
+
+    @abstractmethod
+    def resolve(
+        self, given: Mapping[str, Any], model: str, defaults: Settings, configs: Configs
+    ) -> Settings:
+        """What a user gave (fields of `Settings`), completed by the defaults and the configs.
+
+        **Arguments:**
+
+        - `model`: what errors call it.
 
         **Raises:** `SettingError` where a setting is out of range or would be ignored.
         """
@@ -112,8 +168,23 @@ class AbstractFamily(eqx.Module):
         """The tokens for each text encoder, by the encoder's name, padded to a fixed length."""
 
     @abstractmethod
-    def encode(self, modules: Modules, tokens: Mapping[str, Tokens], dtype: DTypeLike) -> PyTree:
-        """Tokens to conditioning, a PyTree that only this family looks into."""
+    def encode(
+        self, modules: Modules, tokens: Mapping[str, Tokens], clip_skip: int, dtype: DTypeLike
+    ) -> PyTree:
+        """Tokens to hidden states, a PyTree that only this family looks into."""
+
+    @abstractmethod
+    def absent(self, configs: Configs, encoded: PyTree) -> PyTree:
+        """What stands for a negative prompt that is not given; `encoded` is the empty text's."""
+
+    @abstractmethod
+    def condition(self, settings: Settings, encoded: PyTree, *, negative: bool) -> PyTree:
+        """The conditioning: what `encode` returned, and what the settings say besides the prompts.
+
+        **Arguments:**
+
+        - `negative`: whether it is what guidance leads away from.
+        """
 
     @abstractmethod
     def latent_shape(self, configs: Configs, settings: Settings) -> tuple[int, int, int]:
@@ -138,12 +209,22 @@ class AbstractFamily(eqx.Module):
         conditional: PyTree,
         unconditional: PyTree | None,
         guidance: Guidance,
+        controls: Sequence[Control],
+        parameterization: AbstractParameterization,
         dtype: DTypeLike,
     ) -> Denoiser:
         """The denoiser of one latent. `unconditional` is `None` without classifier-free guidance.
 
         The network computes in `dtype`; the latent stays in at least float32.
+
+        **Arguments:**
+
+        - `modules`: with a ControlNet for each control, by `control_names`.
         """
+
+    @abstractmethod
+    def parameterization(self, configs: Configs, settings: Settings) -> AbstractParameterization:
+        """What the network predicts."""
 
     @abstractmethod
     def decode_dtype(self, configs: Configs, dtype: DTypeLike) -> DTypeLike:

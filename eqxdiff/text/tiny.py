@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 
 def clip_files(pad_token: str = "<|endoftext|>") -> Mapping[str, str]:
@@ -26,6 +27,33 @@ def clip_files(pad_token: str = "<|endoftext|>") -> Mapping[str, str]:
         "merges.txt": "#version: 0.2\n",
         "tokenizer_config.json": json.dumps(config, indent=2),
         "special_tokens_map.json": json.dumps(special, indent=2),
+    }
+
+
+def clip_config(**own: Any) -> Mapping[str, Any]:
+    """The `config.json` of a CLIP encoder of three layers and 32 features, but for `own` fields."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dropout": 0.0,
+        "eos_token_id": 2,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 32,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 64,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "pad_token_id": 1,
+        "projection_dim": 32,
+        "torch_dtype": "float32",
+        "transformers_version": "4.43.3",
+        "vocab_size": 514,
+        **own,
     }
 
 

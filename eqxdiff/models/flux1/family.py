@@ -1,6 +1,6 @@
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._errors import ConfigError, SettingError
 from ..._types import Image, Scalar, Tokens
 from ...sampling import (
+    AbstractParameterization,
     AbstractSolver,
     ClassifierFree,
     Conditioned,
@@ -23,7 +24,6 @@ from ...sampling import (
     parse_flow_config,
     stack_conditioning,
 )
-from ...sampling.spacing import Spacing
 from ...text import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -34,9 +34,9 @@ from ...text import (
     rules as text_rules,
 )
 from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
-from .._family import AbstractFamily, Component, Configs, Guidance, Modules, Preset
+from .._family import AbstractFamily, Component, Configs, Control, Guidance, Modules, Preset
 from .._index import read_index
-from .._settings import Settings, check_range, check_size, complete
+from .._settings import Settings, check_range, check_size, complete, option, spacing
 from . import rules, tiny
 from .conditioning import Conditioning
 from .config import TransformerConfig
@@ -45,19 +45,8 @@ from .network import Transformer
 
 PATCH = 2
 DEFAULT_GUIDANCE = 3.5
-HONOURED = (
-    "prompt_2",
-    "negative_prompt",
-    "negative_prompt_2",
-    "steps",
-    "height",
-    "width",
-    "guidance",
-    "cfg",
-    "sampler",
-    "max_sequence_length",
-    "shift",
-)
+GUIDED = ("negative_prompt", "negative_prompt_2", "guidance_rescale", "sequential_guidance")
+"""The settings that count with classifier-free guidance alone."""
 
 
 def patchify(x: Float[Array, "h w c"]) -> Float[Array, "h*w//4 4*c"]:
@@ -98,14 +87,6 @@ class Network(eqx.Module):
             positions(conditioning.txt.shape[0], h, w),
         )
         return unpatchify(velocity, h, w).astype(x.dtype)
-
-
-def spacing(sampler: str | None) -> Spacing | None:
-    """How a sampler's name says to spread the sigmas. **Raises:** `SettingError`."""
-    kind = None if sampler is None else find_sampler(sampler).kind
-    if kind == "ays":
-        raise SettingError("There are no ays sigmas for a rectified flow.")
-    return kind
 
 
 class Flux1(AbstractFamily):
@@ -154,12 +135,31 @@ class Flux1(AbstractFamily):
     tokenizers: ClassVar[Mapping[str, str]] = types.MappingProxyType(
         {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
     )
+    honoured: ClassVar[Sequence[str]] = (
+        "prompt_2",
+        "negative_prompt",
+        "negative_prompt_2",
+        "steps",
+        "height",
+        "width",
+        "guidance",
+        "cfg",
+        "guidance_rescale",
+        "sequential_guidance",
+        "sampler",
+        "schedule",
+        "sigmas",
+        "max_sequence_length",
+        "shift",
+        "vae_tiling",
+    )
+    controlnet: ClassVar[Component | None] = None
 
     def parse_scheduler(self, fields: Mapping[str, Any]) -> FlowSchedulerConfig:
         return parse_flow_config(fields, name="scheduler/scheduler_config.json")
 
     def parse_index(self, fields: Mapping[str, Any]) -> None:
-        flags = read_index(
+        read_index(
             fields,
             pipelines=("FluxPipeline",),
             components={
@@ -172,8 +172,6 @@ class Flux1(AbstractFamily):
                 "vae": ("AutoencoderKL",),
             },
         )
-        if flags:
-            raise ConfigError(f"model_index.json has flags that are unknown: {', '.join(flags)}.")
 
     def check(self, configs: Configs) -> None:
         transformer, vae = configs["transformer"], configs["vae"]
@@ -197,28 +195,35 @@ class Flux1(AbstractFamily):
             if value != wanted:
                 raise ConfigError(f"The transformer's {name} {value} is not {other} {wanted}.")
 
-    def resolve(self, given: Mapping[str, Any], model: str, configs: Configs) -> Settings:
+    def check_control(self, configs: Configs, control: Any) -> None:
+        raise ConfigError("There are no ControlNets for FLUX.1 yet.")
+
+    def resolve(
+        self, given: Mapping[str, Any], model: str, defaults: Settings, configs: Configs
+    ) -> Settings:
         embeds = configs["transformer"].guidance_embeds
-        settings = complete(given, self.presets[model].defaults, HONOURED, model)
+        settings = complete(given, defaults, self.honoured, model)
         check_range("steps", settings.steps, 1, 1000)
         check_range("max_sequence_length", settings.max_sequence_length, 1, 512)
         check_size(settings, PATCH * configs["vae"].downscale)
         if settings.shift is not None and settings.shift <= 0:
             raise SettingError(f"--shift {settings.shift} is out of range: it is above 0.")
-        if settings.sampler is not None:
-            find_sampler(settings.sampler).solver_for(Flow())
-            spacing(settings.sampler)
+        check_range("guidance_rescale", settings.guidance_rescale or 0.0, 0, 1)
+        if settings.sigmas is not None and settings.shift is not None:
+            raise SettingError("--sigmas are the noise levels themselves: give no --shift.")
+        self.solver(configs, settings)
+        self.schedule(configs, settings)
         if given.get("guidance") is not None and not embeds:
             raise SettingError(
                 f"{model} would ignore --guidance: its transformer embeds none. "
                 "For classifier-free guidance give --cfg above 1."
             )
-        negative = settings.negative_prompt is not None or settings.negative_prompt_2 is not None
-        if negative and (settings.cfg is None or settings.cfg <= 1):
-            raise SettingError(
-                f"{model} would ignore the negative prompt without classifier-free guidance: "
-                "give --cfg above 1."
-            )
+        for name in GUIDED:
+            if given.get(name) not in (None, False) and (settings.cfg is None or settings.cfg <= 1):
+                raise SettingError(
+                    f"{model} would ignore {option(name)} without classifier-free guidance: "
+                    "give --cfg above 1."
+                )
         guidance = DEFAULT_GUIDANCE if settings.guidance is None else settings.guidance
         return dataclasses.replace(settings, guidance=guidance if embeds else None)
 
@@ -232,12 +237,20 @@ class Flux1(AbstractFamily):
         }
 
     def encode(
-        self, modules: Modules, tokens: Mapping[str, Tokens], dtype: DTypeLike
+        self, modules: Modules, tokens: Mapping[str, Tokens], clip_skip: int, dtype: DTypeLike
     ) -> Conditioning:
         pooled = modules["text_encoder"](tokens["text_encoder"], dtype=dtype).pooled
         return Conditioning(
             modules["text_encoder_2"](tokens["text_encoder_2"], dtype=dtype), pooled
         )
+
+    def absent(self, configs: Configs, encoded: Conditioning) -> Conditioning:
+        return encoded
+
+    def condition(
+        self, settings: Settings, encoded: Conditioning, *, negative: bool
+    ) -> Conditioning:
+        return encoded
 
     def latent_shape(self, configs: Configs, settings: Settings) -> tuple[int, int, int]:
         vae = configs["vae"]
@@ -249,24 +262,34 @@ class Flux1(AbstractFamily):
 
     def schedule(self, configs: Configs, settings: Settings) -> Schedule:
         h, w, _ = self.latent_shape(configs, settings)
+        kind = spacing(settings)
+        if kind == "ays":
+            raise SettingError("There are no ays sigmas for a rectified flow.")
         return flow_sigmas(
             configs["scheduler"],
             settings.steps,
             sequence_length=(h // PATCH) * (w // PATCH),
             shift=settings.shift,
-            kind=spacing(settings.sampler),
+            kind=kind,
+            sigmas=settings.sigmas,
         )
 
     def solver(self, configs: Configs, settings: Settings) -> AbstractSolver:
         return find_sampler(settings.sampler or "euler").solver_for(Flow())
 
+    def parameterization(self, configs: Configs, settings: Settings) -> AbstractParameterization:
+        return Flow()
+
     def guidance(self, configs: Configs, settings: Settings) -> Guidance:
         scalar = lambda value: jnp.asarray(value, jnp.float32)
         embeds = configs["transformer"].guidance_embeds
         free = settings.cfg is not None and settings.cfg > 1
-        return Guidance(
-            scalar(settings.guidance) if embeds else None, scalar(settings.cfg) if free else None
-        )
+        embedded = scalar(settings.guidance) if embeds else None
+        if not free:
+            return Guidance(embedded, None)
+        rescale = scalar(settings.guidance_rescale) if settings.guidance_rescale else None
+        sequential = bool(settings.sequential_guidance)
+        return Guidance(embedded, scalar(settings.cfg), rescale, sequential)
 
     def denoiser(
         self,
@@ -274,13 +297,17 @@ class Flux1(AbstractFamily):
         conditional: Conditioning,
         unconditional: Conditioning | None,
         guidance: Guidance,
+        controls: Sequence[Control],
+        parameterization: AbstractParameterization,
         dtype: DTypeLike,
     ) -> Denoiser:
         network = Network(modules["transformer"], guidance.embedded, dtype)
         if unconditional is None or guidance.classifier_free is None:
-            return Denoiser(Conditioned(network, conditional), Flow())
+            return Denoiser(Conditioned(network, conditional), parameterization)
         both = stack_conditioning(conditional, unconditional)
-        return Denoiser(ClassifierFree(network, both, guidance.classifier_free), Flow())
+        scales = guidance.classifier_free, guidance.rescale
+        predict = ClassifierFree(network, both, *scales, guidance.sequential)
+        return Denoiser(predict, parameterization)
 
     def decode_dtype(self, configs: Configs, dtype: DTypeLike) -> DTypeLike:
         return dtype

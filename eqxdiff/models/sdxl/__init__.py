@@ -1,0 +1,3 @@
+"""Stable Diffusion XL, SDXL-Lightning and SDXL-Turbo."""
+
+from .family import StableDiffusionXL as StableDiffusionXL
