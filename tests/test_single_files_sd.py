@@ -54,12 +54,11 @@ def layout(request):
 def test_the_module_is_what_diffusers_converts_the_file_to(layout):
     """Each tensor bit for bit, under each prefix that the layout is found with."""
     table, published, skeleton, file, hashes = layout
+    converted = dict(export_tensors(load_module(InMemory(file), table, skeleton), published))
+    assert {n: hashlib.sha256(a.tobytes()).hexdigest()[:8] for n, a in converted.items()} == hashes
     for prefix in table.prefix:
-        named = {f"{prefix}.{name}" if prefix else name: a for name, a in file.items()}
-        converted = dict(export_tensors(load_module(InMemory(named), table, skeleton), published))
-        assert {n: hashlib.sha256(a.tobytes()).hexdigest()[:8] for n, a in converted.items()} == {
-            name: digest for name, digest in hashes.items() if "position_ids" not in name
-        }
+        named = {f"{prefix}.{name}" if prefix else name: a.shape for name, a in file.items()}
+        check(named, table, skeleton)
 
 
 def test_round_trips_keep_every_bit_and_name(layout):
@@ -74,9 +73,6 @@ def test_round_trips_keep_every_bit_and_name(layout):
         assert file[name.removeprefix(prefix)].tobytes() == array.tobytes()
     lost = {name for name in file if f"{prefix}{name}" not in again}
     assert all(name.startswith(NEVER_USED) for name in lost)
-
-
-SD2 = {"context": 1024, "heads": (5, 10, 20, 20), "linear": True}
 
 
 def unet_config(kind):

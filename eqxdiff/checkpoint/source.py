@@ -57,10 +57,13 @@ class InMemory(AbstractTensorSource):
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self._tensors = {
+            n: TensorInfo(array.shape, array.dtype) for n, array in self._arrays.items()
+        }
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {n: TensorInfo(array.shape, array.dtype) for n, array in self._arrays.items()}
+        return self._tensors
 
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
         out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in index)]

@@ -153,7 +153,8 @@ def unet(
 def tiny(kind: str) -> dict:
     sizes = KINDS[kind]
     sizes = {**sizes, **{key: value for key, value in TINY.items() if key in sizes}}
-    return {**sizes, "widths": TINY_WIDTHS[: len(sizes["widths"])]}
+    depths = tuple(min(depth, 2) for depth in sizes["depths"])
+    return {**sizes, "widths": TINY_WIDTHS[: len(sizes["widths"])], "depths": depths}
 
 
 def open_clip(width: int, layers: int, vocabulary: int, projected: int) -> Shapes:
@@ -189,7 +190,7 @@ def unet_config(kind: str) -> dict:
         "use_linear_projection": sizes.get("linear", False),
     }
     if kind == "refiner":
-        config["transformer_layers_per_block"] = 4
+        config["transformer_layers_per_block"] = 2
     if "added" in sizes:
         config |= {
             "addition_embed_type": "text_time",
