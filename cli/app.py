@@ -19,6 +19,7 @@ from eqxdiff import EqxdiffError
 from .generate import generate
 from .tables import models, samplers
 from .tiny import random
+from .train import train
 
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (generate, models, samplers, random):
+for command in (generate, models, samplers, train, random):
     app.command()(command)
 
 UsageError: Any = typer.BadParameter.__base__
