@@ -12,6 +12,9 @@ from .progress import JsonReport, TextReport
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["text"]
+Spread = Literal["karras", "exponential", "beta", "ays"]
+Spacing = Literal["leading", "trailing", "linspace"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Request:
     **Fields:**
 
     - `settings`: fields of `eqxdiff.Settings`.
+    - `controls`: as in `canny=photo.png@0.5`.
+    - `parts`: component -> where its weights are, in place of the model's own.
     - `mesh`: sizes of its axes, as in `data=4,fsdp=2`.
     - `offload`, `release`: whether to move the text encoders to host memory between uses, or to
         drop them when all prompts are encoded.
@@ -30,6 +35,9 @@ class Request:
     prompts: tuple[str, ...]
     prompt_file: str | None
     settings: dict[str, Any]
+    controls: tuple[str, ...]
+    control_guess: bool
+    control_as_is: bool
     seed: int | None
     num_images: int
     batch_size: int | None
@@ -37,6 +45,7 @@ class Request:
     overwrite: bool
     metadata: bool
     weights: str | None
+    parts: dict[str, str]
     revision: str | None
     dtype: Dtype | None
     compute_dtype: Dtype | None
@@ -82,8 +91,30 @@ def generate(
             help="True classifier-free guidance, for models that have embedded guidance.",
         ),
     ] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        Option(help="From 0 to 1: how far guidance returns to the unguided contrast."),
+    ] = None,
+    sequential_guidance: Annotated[
+        bool,
+        Option("--sequential-guidance", help="Guide in two calls of the network, to save memory."),
+    ] = False,
     sampler: Annotated[
         str | None, Option(help="The solver; `eqxdiff samplers` lists them.")
+    ] = None,
+    schedule: Annotated[Spread | None, Option(help="How the noise levels are spread.")] = None,
+    sigmas: Annotated[
+        str | None, Option(help="The noise levels themselves, falling, as in 14.6,3.9,0.9.")
+    ] = None,
+    timestep_spacing: Annotated[
+        Spacing | None, Option(help="Of the steps, instead of the checkpoint's.")
+    ] = None,
+    eta: Annotated[float | None, Option(help="From 0 to 1: DDIM's share of new noise.")] = None,
+    prediction_type: Annotated[
+        Prediction | None, Option(help="What the network predicts, instead of the checkpoint's.")
+    ] = None,
+    clip_skip: Annotated[
+        int | None, Option(help="How many of CLIP's last layers to leave out besides the usual.")
     ] = None,
     shift: Annotated[
         float | None, Option(help="The shift of a flow's schedule, instead of the checkpoint's.")
@@ -91,6 +122,33 @@ def generate(
     max_sequence_length: Annotated[
         int | None, Option(help="How many tokens of a prompt the model sees.")
     ] = None,
+    original_size: Annotated[
+        str | None, Option(help="SDXL is told that the picture once was WIDTHxHEIGHT.")
+    ] = None,
+    crop: Annotated[
+        str | None, Option(help="SDXL is told that it was cut off, in pixels: TOP,LEFT.")
+    ] = None,
+    target_size: Annotated[
+        str | None, Option(help="SDXL is told that the picture is WIDTHxHEIGHT.")
+    ] = None,
+    negative_original_size: Annotated[
+        str | None, Option(help="The same of what guidance leads away from.")
+    ] = None,
+    negative_crop: Annotated[str | None, Option(help="The same.")] = None,
+    negative_target_size: Annotated[str | None, Option(help="The same.")] = None,
+    control: Annotated[
+        list[str] | None,
+        Option(
+            help="A ControlNet and its picture, NET=IMAGE[@SCALE[:START-END]], as in "
+            "canny=photo.png@0.5. NET is a name, repository or folder. May be repeated."
+        ),
+    ] = None,
+    control_guess: Annotated[
+        bool, Option("--control-guess", help="Let the control picture guide without a prompt.")
+    ] = False,
+    control_as_is: Annotated[
+        bool, Option("--control-as-is", help="Look for no edges in the picture of canny.")
+    ] = False,
     width: Annotated[int | None, Option("--width", "-W", help="In pixels.")] = None,
     height: Annotated[int | None, Option("--height", "-H", help="In pixels.")] = None,
     seed: Annotated[
@@ -121,6 +179,17 @@ def generate(
         str | None,
         Option(help="A folder in the diffusers layout, or a Hub repository."),
     ] = None,
+    unet: Annotated[
+        str | None, Option(help="Another UNet: a file, folder, repository or REPOSITORY:FILE.")
+    ] = None,
+    transformer: Annotated[str | None, Option(help="Another transformer, likewise.")] = None,
+    vae: Annotated[str | None, Option(help="Another autoencoder, likewise.")] = None,
+    text_encoder: Annotated[
+        str | None, Option("--text-encoder", help="Another text encoder, likewise.")
+    ] = None,
+    text_encoder_2: Annotated[
+        str | None, Option("--text-encoder-2", help="Another second text encoder, likewise.")
+    ] = None,
     revision: Annotated[
         str | None, Option(help="A branch, tag or commit of the repository.")
     ] = None,
@@ -136,6 +205,9 @@ def generate(
     release: Annotated[
         Stage | None, Option(help="Encode all prompts first, then drop the text encoders.")
     ] = None,
+    vae_tiling: Annotated[
+        bool, Option("--vae-tiling", help="Decode large pictures tile by tile, to save memory.")
+    ] = False,
     mesh: Annotated[
         str | None, Option(help="Spread over devices, as in data=4,fsdp=2 (and tensor=).")
     ] = None,
@@ -166,6 +238,7 @@ def generate(
 ) -> None:
     """Makes pictures from prompts."""
     from .job import run
+    from .numbers import parse_crop, parse_floats, parse_size
 
     request = Request(
         model=model,
@@ -183,7 +256,27 @@ def generate(
             "cfg": cfg,
             "sampler": sampler,
             "shift": shift,
+            "guidance_rescale": guidance_rescale,
+            "sequential_guidance": sequential_guidance or None,
+            "schedule": schedule,
+            "sigmas": parse_floats("--sigmas", sigmas),
+            "timestep_spacing": timestep_spacing,
+            "eta": eta,
+            "prediction_type": prediction_type,
+            "clip_skip": clip_skip,
+            "original_size": parse_size("--original-size", original_size),
+            "crop": parse_crop("--crop", crop),
+            "target_size": parse_size("--target-size", target_size),
+            "negative_original_size": parse_size(
+                "--negative-original-size", negative_original_size
+            ),
+            "negative_crop": parse_crop("--negative-crop", negative_crop),
+            "negative_target_size": parse_size("--negative-target-size", negative_target_size),
+            "vae_tiling": vae_tiling or None,
         },
+        controls=tuple(control or ()),
+        control_guess=control_guess,
+        control_as_is=control_as_is,
         seed=seed,
         num_images=num_images,
         batch_size=batch_size,
@@ -191,6 +284,17 @@ def generate(
         overwrite=overwrite,
         metadata=not no_metadata,
         weights=weights,
+        parts={
+            name: spec
+            for name, spec in {
+                "unet": unet,
+                "transformer": transformer,
+                "vae": vae,
+                "text_encoder": text_encoder,
+                "text_encoder_2": text_encoder_2,
+            }.items()
+            if spec is not None
+        },
         revision=revision,
         dtype=dtype,
         compute_dtype=compute_dtype,

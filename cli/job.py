@@ -16,6 +16,7 @@ from eqxdiff.pipeline import Blueprint, check_noise, open_model
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
+from .control import ControlOption, open_controls
 from .generate import Request
 from .mesh import batch_size_for, parse_mesh
 from .metadata import applied, png, run_record, texts
@@ -31,6 +32,9 @@ def run(request: Request, report: AbstractReport) -> None:
     **Raises:** `EqxdiffError` for whatever the user can mend. The pictures written until then stay.
     """
     find_model(request.model)
+    options = [ControlOption.parse(text) for text in request.controls]
+    if request.control_guess and not options:
+        raise SettingError("--control-guess is for pictures of --control, and there is none.")
     prompts = collect_prompts(request.prompts, request.prompt_file)
     seeds = pick_seeds(request)
     paths = picture_paths(
@@ -52,13 +56,19 @@ def run(request: Request, report: AbstractReport) -> None:
             cache = stack.enter_context(compile_cache(request.compile_cache))
         meter = stack.enter_context(CompileMeter())
         clock = Clock(meter)
+        controls = open_controls(
+            options, guess=request.control_guess, as_is=request.control_as_is, report=report
+        )
         with clock("load"):
-            plan = open_plan(request)
+            plan = open_plan(request, [option.net for option in options])
         if plan.compute_dtype == jnp.float32:
             # without it GPUs and TPUs multiply in less
             stack.enter_context(jax.default_matmul_precision("highest"))
         settings = plan.resolve(request.settings)
         batch_size = batch_size_for(plan.mesh, request.batch_size)
+        schedule = plan.family.schedule(plan.configs, settings)
+        for image in controls.images:
+            image.resolve(settings, schedule)
         noise = open_noise(request.noise, plan, settings, len(paths))
         warn_of_dropped(plan, prompts, settings, report)
         if request.seed is None:
@@ -76,9 +86,10 @@ def run(request: Request, report: AbstractReport) -> None:
             num_images=len(seeds),
             batch_size=batch_size,
             noise=noise,
+            controls=controls.images,
         ):
             path = paths[len(made)]
-            record = run_record(plan, maker.dtypes, hashed, batch_size)
+            record = run_record(plan, maker.dtypes, hashed, controls.record, batch_size)
             chunks = texts(picture, len(made), plan, record) if request.metadata else {}
             write_whole(path, png(picture, chunks), overwrite=request.overwrite)
             report.file(path)
@@ -90,7 +101,7 @@ def run(request: Request, report: AbstractReport) -> None:
             report.file(request.save_latents)
         report.finish(
             {
-                **run_record(plan, maker.dtypes, hashed, batch_size),
+                **run_record(plan, maker.dtypes, hashed, controls.record, batch_size),
                 "settings": applied(settings),
                 "images": made,
                 "files": [image["file"] for image in made],
@@ -111,11 +122,14 @@ def run(request: Request, report: AbstractReport) -> None:
         )
 
 
-def open_plan(request: Request) -> Blueprint:
+def open_plan(request: Request, controlnets: Sequence[str]) -> Blueprint:
     """All of the model but its weights."""
     return open_model(
         request.model,
         request.weights,
+        parts=request.parts,
+        controlnets=controlnets,
+        steps=request.settings["steps"],
         revision=request.revision,
         dtype=request.dtype,
         compute_dtype=request.compute_dtype,

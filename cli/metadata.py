@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from eqxdiff.models import Settings
 from eqxdiff.pipeline import Blueprint, Picture
-from eqxdiff.sampling import SAMPLERS, find_sampler
+from eqxdiff.sampling import DDIM, SAMPLERS, StochasticDDIM, find_sampler
 
 
 SCHEMA = 1
@@ -26,23 +26,29 @@ def versions() -> dict[str, str]:
 
 
 def run_record(
-    plan: Blueprint, dtypes: Mapping[str, str], noise: str | None, batch_size: int
+    plan: Blueprint,
+    dtypes: Mapping[str, str],
+    noise: str | None,
+    controls: Sequence[Mapping[str, Any]],
+    batch_size: int,
 ) -> dict[str, Any]:
     """What all pictures of a run have in common.
 
     **Arguments:**
 
     - `dtypes`: of the weights of each component, as loaded.
+    - `controls`: what is known of the control pictures.
     - `noise`: the digest of the initial noise of all pictures, where it was given.
     """
     seeds = {"source": "seed", "generator": "threefry2x32"}
     return {
         "schema": SCHEMA,
         "model": plan.model,
-        "weights": dict(plan.source.identity),
+        "weights": plan.identity,
         "dtype": dict(dtypes),
         "compute_dtype": str(plan.compute_dtype),
         "noise": seeds if noise is None else {"source": "file", "sha256": noise},
+        **({"controls": list(controls)} if controls else {}),
         "batch_size": batch_size,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
@@ -91,6 +97,9 @@ def parameters(picture: Picture, plan: Blueprint) -> str:
         "Seed": picture.seed,
         "Size": f"{settings.width}x{settings.height}",
         "Model": plan.model,
+        "CFG Rescale phi": settings.guidance_rescale,
+        "Clip skip": None if settings.clip_skip is None else 1 + settings.clip_skip,
+        "Eta": settings.eta,
         "Shift": settings.shift,
         "Prompt 2": settings.prompt_2,
         "Negative prompt 2": settings.negative_prompt_2,
@@ -116,12 +125,16 @@ def quote(value: Any) -> str:
 
 def sampler_name(plan: Blueprint, settings: Settings) -> tuple[str, str | None]:
     """As A1111 calls the sampler, and the spread of its noise levels where the user chose one."""
+    kind = settings.schedule
     if settings.sampler is not None:
         sampler = find_sampler(settings.sampler)
-        return sampler.aliases[-1], None if sampler.kind is None else sampler.kind.capitalize()
-    solver = type(plan.family.solver(plan.configs, settings))
-    names = [s.aliases[-1] for s in SAMPLERS if isinstance(s.flow or s.solver, solver)]
-    return (names or [solver.__name__])[0], None
+        name, kind = sampler.aliases[-1], kind or sampler.kind
+    else:
+        solver = type(plan.family.solver(plan.configs, settings))
+        solver = DDIM if solver is StochasticDDIM else solver
+        names = [s.aliases[-1] for s in SAMPLERS if solver in (type(s.solver), type(s.flow))]
+        name = (names or [solver.__name__])[0]
+    return name, None if kind is None else kind.capitalize()
 
 
 def png(picture: Picture, chunks: Mapping[str, str]) -> bytes:

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from eqxdiff.pipeline import Blueprint, Encoded, Picture, Pipeline, generate_each
+from eqxdiff.pipeline import Blueprint, ControlImage, Encoded, Picture, Pipeline, generate_each
 
 from .cache import Clock
 from .progress import AbstractReport
@@ -48,6 +48,7 @@ class Maker:
         num_images: int,
         batch_size: int,
         noise: np.ndarray | None,
+        controls: Sequence[ControlImage] = (),
     ) -> Iterator[Picture]:
         """Each picture as its batch is done.
 
@@ -84,6 +85,7 @@ class Maker:
                     noise=None
                     if noise is None
                     else noise[first * num_images :][: len(group) * num_images],
+                    controls=controls,
                     progress=progress,
                 )
             )

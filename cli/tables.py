@@ -3,9 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
+
+
+if TYPE_CHECKING:
+    from eqxdiff.models import Settings
 
 
 Json = Annotated[bool, Option("--json", help="As a JSON list.")]
@@ -15,27 +19,44 @@ def models(as_json: Json = False) -> None:
     """Lists the models."""
     from eqxdiff.models import FAMILIES
 
-    presets = {name: preset for family in FAMILIES for name, preset in family.presets.items()}
+    presets = {
+        name: (family, preset) for family in FAMILIES for name, preset in family.presets.items()
+    }
     if as_json:
         rows = [
             {
                 "name": name,
                 "summary": preset.summary,
                 "repository": preset.repository,
-                "defaults": dataclasses.asdict(preset.defaults),
+                "parts": dict(preset.parts),
+                "defaults": settings(preset.defaults),
+                "steps": list(preset.distilled) or None,
+                "takes": sorted(family.honoured),
+                "controls": dict(preset.controls),
             }
-            for name, preset in presets.items()
+            for name, (family, preset) in presets.items()
         ]
         print(json.dumps(rows, indent=2))
         return
     rows = []
-    for name, preset in presets.items():
+    for name, (_, preset) in presets.items():
         own = preset.defaults
         guidance = "none" if own.guidance is None else f"{own.guidance:g}"
-        size = f"{own.steps} steps, {own.width}x{own.height}, {own.max_sequence_length} tokens"
-        size = f"{size}, guidance {guidance}"
-        rows.append((name, preset.summary, preset.repository, size))
+        steps = "/".join(map(str, preset.distilled)) or own.steps
+        size = f"{steps} steps, {own.width}x{own.height}, {own.max_sequence_length} tokens"
+        rows.append((name, preset.summary, preset.repository, f"{size}, guidance {guidance}"))
     print(table(("NAME", "WHAT", "REPOSITORY", "DEFAULTS"), rows))
+    for family in FAMILIES:
+        options = ", ".join(sorted(name.replace("_", "-") for name in family.honoured))
+        controls = sorted({name for preset in family.presets.values() for name in preset.controls})
+        print(f"\n{', '.join(family.presets)} take:\n  {options}")
+        if controls:
+            print(f"  control: {', '.join(controls)}, or any repository or folder")
+
+
+def settings(defaults: "Settings") -> dict[str, Any]:
+    """Those that are in force."""
+    return {name: v for name, v in dataclasses.asdict(defaults).items() if v is not None}
 
 
 def samplers(as_json: Json = False) -> None:

@@ -254,12 +254,19 @@ def test_overwrite_replaces(generate):
 def test_models_are_listed(cli):
     names = eqxdiff.model_names()
     lines = cli("models").out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == names
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
+    (takes,) = [i for i, line in enumerate(lines) if line.startswith("sdxl, ")]
+    assert "crop" in lines[takes + 1]
+    assert "canny" in lines[takes + 2]
     assert "black-forest-labs/FLUX.1-dev" in lines[1]
     assert "28 steps, 1024x1024, 512 tokens" in lines[1]
     rows = cli("models", "--json").json
     assert [row["name"] for row in rows] == names
     assert rows[0]["defaults"]["steps"] == 28
+    assert "shift" in rows[0]["takes"]
+    lightning = rows[names.index("sdxl-lightning")]
+    assert lightning["steps"] == [1, 2, 4, 8]
+    assert lightning["parts"]["unet"].startswith("ByteDance/SDXL-Lightning:")
 
 
 def test_samplers_are_listed(cli):

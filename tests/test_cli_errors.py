@@ -56,7 +56,7 @@ def sentence(text: str) -> bool:
         (["--guidance", "nan"], "--guidance nan is not a finite number."),
         (["--shift", 0], "--shift 0.0 is out of range: it is above 0."),
         (["--max-sequence-length", 513], "--max-sequence-length 513 is out of range"),
-        (["-n", "ugly"], "would ignore the negative prompt"),
+        (["-n", "ugly"], "would ignore --negative-prompt"),
         (["-n", "ugly", "--cfg", 1], "give --cfg above 1."),
         (["--sampler", "eular"], "There is no sampler 'eular'; the nearest is 'euler'."),
         (["--sampler", "ddim"], "The sampler ddim cannot be used with a rectified flow; use euler"),

@@ -10,7 +10,7 @@ from helpers import fake_module, fake_tensor
 
 from eqxdiff.models import Guidance
 from eqxdiff.models.flux1 import Conditioning, Flux1, Transformer, TransformerConfig
-from eqxdiff.sampling import Euler, Heun, flow_schedule, sample
+from eqxdiff.sampling import Euler, Flow, Heun, flow_schedule, sample
 
 
 CONFIG = TransformerConfig(
@@ -43,7 +43,7 @@ def toy(x64):
 def loss(model, conditioning, scale, noise, direction, *, remat="none", solver=None):
     guidance = Guidance(scale, None)
     denoiser = Flux1().denoiser(
-        {"transformer": model}, conditioning, None, guidance, jnp.dtype(jnp.float64)
+        {"transformer": model}, conditioning, None, guidance, (), Flow(), jnp.dtype(jnp.float64)
     )
     x = sample(denoiser, noise, flow_schedule(STEPS), solver or Euler(), remat=remat)
     return jnp.sum(jnp.square(x) * direction)

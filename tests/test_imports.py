@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Each room may import the rooms on the lines above its own, and its own files.
 ORDER = [
     ("_types", "_errors", "_dtypes", "sharding"),
-    ("_config",),
+    ("_config", "control"),
     ("nn", "kernels"),
     ("text", "vae", "sampling"),
     ("models",),
@@ -28,7 +28,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # What may be imported from outside.
 RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "numpy", "optax"}
-RUN_TIME |= {"PIL", "safetensors", "scipy", "tokenizers", "typer"}
+RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer"}
 
 
 def imports(path: Path):

@@ -150,7 +150,7 @@ def test_a_mesh_changes_no_picture(folder, picture):
         ({"steps": 0}, "--steps 0 is out of range"),
         ({"steps": 2.5}, "--steps 2.5 is not of type int"),
         ({"guidance": "3"}, "--guidance '3' is not of type float"),
-        ({"negative_prompt": "grey"}, "would ignore the negative prompt"),
+        ({"negative_prompt": "grey"}, "would ignore --negative-prompt"),
         ({"negative_prompt": "grey", "cfg": 1.0}, "give --cfg above 1"),
         ({"shift": -1.0}, "--shift -1.0 is out of range"),
         ({"shift": float("nan")}, "not a finite number"),

@@ -10,7 +10,7 @@ import pytest
 from helpers import FIXTURES, fake_noise, relative_error, write_checkpoint
 
 import eqxdiff
-from eqxdiff.sampling import start, step
+from eqxdiff.sampling import Flow, start, step
 
 
 CASES = json.loads((FIXTURES / "flux1_pipeline.json").read_text())
@@ -54,7 +54,7 @@ def first_step(pipe, encoded, settings, noise):
     def run(components, x, conditional, unconditional):
         def one(x, conditional):
             denoiser = family.denoiser(
-                components, conditional, unconditional, guidance, plan.compute_dtype
+                components, conditional, unconditional, guidance, (), Flow(), plan.compute_dtype
             )
             x = start(x, schedule)
             return step(denoiser, x, solver.init(x, schedule), schedule, 0, solver)[0]
