@@ -5,6 +5,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -174,6 +175,12 @@ def open_model(
     for part, spec in zip(control_names(len(controlnets)), controlnets, strict=True):
         assert family.controlnet is not None
         components[part] = family.controlnet
+        if spec not in preset.controls and "/" not in spec and not Path(spec).exists():
+            known = ", ".join(preset.controls) or "none"
+            raise SettingError(
+                f"{name} knows no ControlNet {spec!r}: it knows {known}; or give a Hub repository "
+                "as OWNER/NAME, or a folder."
+            )
         opened[part] = open_part(preset.controls.get(spec, spec))
         configs[part] = family.controlnet.parse(opened[part].config() or {})
         family.check_control(configs, configs[part])

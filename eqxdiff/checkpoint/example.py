@@ -69,7 +69,8 @@ def randomised(skeleton: Module, rules: Sequence[Rule], rng: np.random.Generator
 
     def leaf(entries: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         path = dotted(entries)
-        own = shape.shape[logical_axes(path, len(shape.shape), rules).count("layers") :]
+        layers = logical_axes(path, len(shape.shape), rules).count("layers")
+        own = shape.shape if len(shape.shape) == 4 else shape.shape[layers:]  # 4: of a convolution
         if len(own) > 1:
             values = rng.standard_normal(shape.shape) / math.sqrt(math.prod(own[1:]))
         else:
