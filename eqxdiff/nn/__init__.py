@@ -1,5 +1,6 @@
 """Layers in PyTorch's array layouts that act on the trailing axis of one example."""
 
+from .adapted import Adapted as Adapted
 from .conv import Conv2d as Conv2d
 from .embedding import (
     Embedding as Embedding,

@@ -14,9 +14,11 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
 from ...kernels import attention
-from ...nn import EmbeddingMLP, Linear, RMSNorm, apply_rope, layer_norm, silu, sinusoid
+from ...nn import Adapted, EmbeddingMLP, Linear, RMSNorm, apply_rope, layer_norm, silu, sinusoid
 from .config import TransformerConfig
 
+
+Layer = Linear | Adapted
 
 EPS = 1e-6
 SINUSOID_DIM = 256
@@ -43,7 +45,12 @@ def modulate(
 
 
 def split_heads(
-    x: Float[Array, "tokens dim"], q: Linear, k: Linear, v: Linear, norm_q: RMSNorm, norm_k: RMSNorm
+    x: Float[Array, "tokens dim"],
+    q: Layer,
+    k: Layer,
+    v: Layer,
+    norm_q: RMSNorm | Adapted,
+    norm_k: RMSNorm | Adapted,
 ) -> list[Float[Array, "tokens heads head_dim"]]:
     """Queries and keys, normalised head by head, and values."""
     heads = [f(x).reshape(x.shape[0], -1, norm_q.weight.shape[0]) for f in (q, k, v)]

@@ -1,0 +1,15 @@
+"""LoRA and its relatives: file formats to deltas, merged into a model or applied at run time."""
+
+from .adapter import Adapter as Adapter, Patch as Patch, parse_adapter as parse_adapter
+from .fit import Fitted as Fitted, Report as Report, fit as fit
+from .merge import merge as merge, merge_fitted as merge_fitted, unmerge as unmerge
+from .runtime import (
+    adapter_leaves as adapter_leaves,
+    apply as apply,
+    apply_fitted as apply_fitted,
+    ensemble as ensemble,
+    remove as remove,
+    rescale as rescale,
+    swap as swap,
+)
+from .strength import Strength as Strength, split_spec as split_spec
