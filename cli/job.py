@@ -71,6 +71,8 @@ def run(request: Request, report: AbstractReport) -> None:
             image.resolve(settings, schedule)
         noise = open_noise(request.noise, plan, settings, len(paths))
         warn_of_dropped(plan, prompts, settings, report)
+        if plan.note is not None:
+            report.note("weights", plan.note)
         if request.seed is None:
             report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
 

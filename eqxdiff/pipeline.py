@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
-from .checkpoint import Part, Source, load_module, open_part, open_source, read_table
+from .checkpoint import Part, Source, load_module, locate, open_part, open_weights
 from .models import (
     AbstractFamily,
     Component,
@@ -54,6 +54,7 @@ class Blueprint:
     - `parts`: where the weights of those are that are not the source's own.
     - `defaults`: the settings that hold where nothing else is given.
     - `made_for`: the number of steps that the weights are made for, if there is one.
+    - `note`: what a single file of weights lacks, and what that is taken from.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Blueprint:
     parts: Mapping[str, Part]
     defaults: Settings
     made_for: int | None
+    note: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -110,6 +112,8 @@ class Blueprint:
         report = None if progress is None else partial(progress, f"loading {name}")
         part = self.parts.get(name)
         tensors = self.source.tensors(name) if part is None else part.tensors()
+        skeleton = component.skeleton(self.configs[name])
+        tensors, table = locate(tensors, component.table, skeleton)
         dtype = tensors.dtype if self.dtype is None else self.dtype
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
@@ -119,8 +123,8 @@ class Blueprint:
 
         return load_module(
             tensors,
-            read_table(component.table),
-            component.skeleton(self.configs[name]),
+            table,
+            skeleton,
             dtype=dtype,
             sharding=sharding,
             name=name,
@@ -155,7 +159,8 @@ def open_model(
             choices = ", ".join(map(str, preset.distilled))
             raise SettingError(f"{name} is made for {choices} steps, not for {made_for}.")
     preset = preset.distilled.get(steps or preset.defaults.steps, preset)
-    source = open_source(weights or preset.repository, revision=revision)
+    given = open_weights(weights, preset.repository, revision=revision)
+    source = given.source
     specs = {**(preset.parts if weights is None else {}), **parts}
     if unknown := [part for part in specs if part not in family.components]:
         choices = ", ".join(family.components)
@@ -163,12 +168,14 @@ def open_model(
     opened = {part: open_part(spec) for part, spec in specs.items()}
     configs = {
         "pipeline": family.parse_index(source.read_json("model_index.json")),
-        "scheduler": family.parse_scheduler(source.read_json("scheduler/scheduler_config.json")),
+        "scheduler": family.parse_scheduler(given.scheduler()),
     }
     for part, component in family.components.items():
         fields = opened[part].config() if part in opened else None
         configs[part] = component.parse(fields or source.read_json(f"{part}/config.json"))
     family.check(configs)
+    opened = {**given.parts(family.components, configs), **opened}
+    note = given.note(family.components, opened)
     components = dict(family.components)
     if controlnets and family.controlnet is None:
         raise SettingError(f"There are no ControlNets for {name}.")
@@ -207,6 +214,7 @@ def open_model(
         opened,
         preset.defaults,
         made_for,
+        note,
     )
 
 
@@ -311,7 +319,9 @@ def load(
     **Arguments:**
 
     - `name`: such as `"flux-dev"`.
-    - `weights`: a folder in the diffusers layout or a Hub repository, by default the model's own.
+    - `weights`: a folder in the diffusers layout, a Hub repository, or a single file in any layout
+        (`FILE.safetensors` or `REPOSITORY:FILE`), by default the model's own. What a file lacks
+        comes from the model's own repository.
     - `parts`: component -> a `.safetensors` file, a folder, a repository or `REPOSITORY:FILE`, in
         place of the model's own, such as `{"unet": "ByteDance/SDXL-Lightning:..."}`.
     - `controlnets`: names that the model knows, such as `"canny"`, or folders or repositories.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import equinox as eqx
@@ -78,10 +79,15 @@ def fake_module(init, *args, dtype=np.float32, gain: float = 1.0):
     return jax.tree_util.tree_map_with_path(fill, skeleton)
 
 
-def write_checkpoint(folder: Path, model: str, gain: float = 1.0) -> Path:
-    """A tiny checkpoint in the published layout whose every number depends on its name alone."""
+def write_checkpoint(
+    folder: Path, model: str, gain: float = 1.0, files: Mapping[str, str] | None = None
+) -> Path:
+    """A tiny checkpoint in the published layout whose every number depends on its name alone.
+
+    `files` are its configs and tokenizers, by default the family's example.
+    """
     family, _ = find_model(model)
-    files = family.example(model)
+    files = family.example(model) if files is None else files
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)

@@ -1,12 +1,14 @@
 """One component from somewhere else than the model's own folder."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._errors import SourceError
+from ..models import Component
 from .hub import PICKLES, Folder, Source, open_source
+from .layout import claim
 from .safetensors import SafetensorsFile
 from .source import AbstractTensorSource
 
@@ -72,7 +74,7 @@ def open_part(spec: str, *, revision: str | None = None) -> Part:
     if not inner:
         return Part(open_source(repository, revision=revision, first=CONFIG), "")
     folder, _, name = inner.rpartition("/")
-    if not name.endswith((".safetensors", *PICKLES)):
+    if not name.endswith((".safetensors", ".msgpack", *PICKLES)):
         inner = inner.rstrip("/")
         first = f"{inner}/{CONFIG}"
         return Part(open_source(repository, revision=revision, first=first), inner)
@@ -80,7 +82,93 @@ def open_part(spec: str, *, revision: str | None = None) -> Part:
     return Part(open_source(repository, revision=revision, first=inner), folder, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Where the weights of a whole model are.
+
+    **Fields:**
+
+    - `source`: a folder in the diffusers layout: configs, tokenizers, and what `single` lacks.
+    - `single`: a file with the whole model or some of it, if one was given.
+    """
+
+    source: Source
+    single: Part | None
+
+    def scheduler(self) -> Mapping[str, Any]:
+        """`scheduler_config.json`, with what a single file says of it by marks of its own."""
+        fields = self.source.read_json("scheduler/scheduler_config.json")
+        if self.single is None:
+            return fields
+        names = self.single.tensors().tensors
+        marked = (change for mark, change in SCHEDULER_MARKS.items() if mark in names)
+        return {**fields, **{key: value for change in marked for key, value in change.items()}}
+
+    def parts(
+        self, components: Mapping[str, Component], configs: Mapping[str, Any]
+    ) -> dict[str, Part]:
+        """The components that the single file has.
+
+        **Raises:** `CheckpointError` where it does not fit the model or has something left over.
+        """
+        if self.single is None:
+            return {}
+        wanted = {
+            name: (component.table, component.skeleton(configs[name]))
+            for name, component in components.items()
+        }
+        found = claim(self.single.tensors(), wanted, self.single.file or "")
+        return dict.fromkeys(found, self.single)
+
+    def note(self, components: Iterable[str], found: Container[str]) -> str | None:
+        """A sentence on what does not come from the single file; `None` where there is none."""
+        if self.single is None:
+            return None
+        lacks = [name for name in components if name not in found]
+        what = ", ".join([*lacks, "configs", "tokenizers"])
+        return f"{self.single.file} has no {what}: those of {self.source.name} are used"
+
+
+SCHEDULER_MARKS: Mapping[str, Mapping[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True},
+}
+"""Tensors without meaning of their own, by which fine-tunes of SDXL tell how they were trained."""
+
+
+def open_weights(weights: str | None, repository: str, *, revision: str | None = None) -> Weights:
+    """Opens a folder, a repository or a single file.
+
+    **Arguments:**
+
+    - `weights`: what the user gave: a folder or Hub repository in the diffusers layout, a
+        `.safetensors` file, or `REPOSITORY:FILE`; `None` for `repository`.
+    - `repository`: what completes a single file.
+    - `revision`: of what was given.
+
+    **Raises:** `SourceError`.
+    """
+    if weights is not None and is_file(weights):
+        return Weights(open_source(repository), open_part(weights, revision=revision))
+    return Weights(open_source(weights or repository, revision=revision), None)
+
+
+def is_file(spec: str) -> bool:
+    """Whether a file is meant rather than a folder or repository. **Raises:** `SourceError`."""
+    path = Path(spec).expanduser()
+    if spec and path.exists():
+        return not path.is_dir()
+    file = spec.endswith((".safetensors", ".msgpack", *PICKLES))
+    if file and ":" not in spec:
+        raise SourceError(f"There is no file {spec}.")
+    return file
+
+
 def _refuse_pickle(name: str) -> None:
+    if name.endswith(".msgpack"):
+        raise SourceError(
+            f"{name} holds weights of Flax: `eqxdiff convert` makes safetensors of it."
+        )
     if name.endswith(PICKLES):
         raise SourceError(
             f"{name} is a pickle, which can run any code when it is opened: give safetensors. "

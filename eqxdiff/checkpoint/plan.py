@@ -82,6 +82,7 @@ def compile_plan(
     file: Mapping[str, Shape] | None = None,
     *,
     name: str = "the checkpoint",
+    strict: bool = True,
 ) -> Plan:
     """Applies a table to the shapes of a model's leaves and of a file's tensors.
 
@@ -90,6 +91,7 @@ def compile_plan(
     - `leaves`: path -> shape of each leaf.
     - `file`: name -> shape of each tensor of the file; `None` for the file that would be written.
     - `name`: what errors call the file.
+    - `strict`: `False` for the plan of a file that might not fit.
 
     **Raises:** `CheckpointError`, one message with everything that is missing, left over or of the
     wrong shape; `ValueError` where the table itself does not cover the model.
@@ -126,7 +128,7 @@ def compile_plan(
         {leaf: tuple(f) for leaf, f in fills.items()},
         copies,
     )
-    if file is not None:
+    if file is not None and strict:
         _check_file(table, plan, file, list(dict.fromkeys(missing)), name)
     return plan
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,10 +37,15 @@ class AbstractTensorSource(abc.ABC):
     def dtype(self) -> np.dtype:
         """The floating point dtype that most bytes are in; float32 where there are none."""
         sizes: dict[np.dtype, int] = {np.dtype(np.float32): 0}
-        for info in self.tensors.values():
+        for name, info in self.tensors.items():
             if jnp.issubdtype(info.dtype, jnp.floating):
-                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+                dtype = self.dtype_of(name)
+                sizes[dtype] = sizes.get(dtype, 0) + info.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """What a tensor is best kept in, which may be narrower than what it is read in."""
+        return self.tensors[name].dtype
 
     @abc.abstractmethod
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
@@ -67,6 +72,24 @@ class InMemory(AbstractTensorSource):
 
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
         out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in index)]
+
+
+class Subset(AbstractTensorSource):
+    """Some of the tensors of a source."""
+
+    def __init__(self, source: AbstractTensorSource, names: Iterable[str]):
+        self._source = source
+        self._tensors = {name: source.tensors[name] for name in names}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def dtype_of(self, name: str) -> np.dtype:
+        return self._source.dtype_of(name)
+
+    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+        self._source.read(name, index, out)
 
 
 def show(name: str) -> str:

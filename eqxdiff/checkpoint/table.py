@@ -42,6 +42,7 @@ before `rename`). Stacked leaves are matched with their index in place.
 """
 
 import dataclasses
+import functools
 import importlib.resources
 import itertools
 import re
@@ -71,6 +72,11 @@ class Pattern:
     @property
     def stars(self) -> int:
         return self.segments.count("*")
+
+    @functools.cached_property
+    def literals(self) -> frozenset[str]:
+        """The segments that a name must have, a quick test before `find`."""
+        return frozenset(self.segments) - {"*"}
 
     def find(self, name: Segments) -> Iterator[tuple[int, int, Segments]]:
         """Every `(start, stop, what the stars stand for)` at which the pattern matches."""
@@ -202,8 +208,10 @@ class Table:
         self, name: Segments, spans: list[tuple[int, int, tuple[Segments, ...]]]
     ) -> tuple[str, ...]:
         """The spellings of a name of which the `spans` are already rewritten."""
-        spans = list(spans)
+        spans, present = list(spans), frozenset(name)
         for ours, spellings in self.rename:
+            if not ours.literals <= present:
+                continue
             for start, stop, stars in ours.find(name):
                 if all(stop <= taken[0] or start >= taken[1] for taken in spans):
                     spans.append((start, stop, tuple(theirs.fill(stars) for theirs in spellings)))
