@@ -58,13 +58,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warmed up, constant, and linearly down to nothing at the end.
+    """AdamW or Muon, warmed up, constant, and linearly down to nothing at the end.
 
+    - `name`: Muon (https://arxiv.org/abs/2502.16982) trains matrices and kernels, with updates of
+        the size of AdamW's, and AdamW the rest.
+    - `adam`: regular expressions of the matrices that AdamW trains all the same: embeddings.
     - `warmup`, `cooldown`: the steps of each.
     - `clip`: the largest norm of the gradients.
     - `ema_decay`: of the running average of the weights; 0 is none.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
+    adam: tuple[str, ...] = ()
     learning_rate: float = 1e-4
     warmup: int = 100
     cooldown: int = 0

@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
 from PIL import Image
 
@@ -23,6 +22,7 @@ from .config import TrainConfig
 from .data import Example, batch_of, dropped, pick, read_folder, read_image
 from .levels import AbstractLevels, Discrete, LogitNormal, Uniform
 from .objectives import AutoencoderObjective, DenoiserObjective
+from .optimizer import make_optimizer, matrix_axes
 from .saving import load_state, read_facts, save_state, saved_states
 from .step import Loss, Task, TrainState, train_step
 from .studio import (
@@ -73,7 +73,7 @@ def train(
     studio = open_studio(config)
     batches, loss = _objective(studio, config, examples, images, report)
     params, frozen = split(studio)
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, matrix_axes(studio, config))
     task = Task(
         frozen,
         loss,
@@ -100,28 +100,6 @@ def train(
     write_model(studio, modules, config, output / MODEL)
     report("file", {"path": output / MODEL})
     return output / MODEL
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, as the config says."""
-    fields, steps = config.optimizer, config.run.steps
-
-    def rate(count: Any) -> Any:
-        up = jnp.minimum(1.0, (count + 1) / max(1, fields.warmup))
-        down = jnp.clip((steps - count) / max(1, fields.cooldown), 0.0, 1.0)
-        return fields.learning_rate * up * (down if fields.cooldown else 1.0)
-
-    return optax.chain(
-        optax.clip_by_global_norm(fields.clip),
-        optax.adamw(
-            rate, b1=fields.beta1, b2=fields.beta2, weight_decay=fields.weight_decay, mask=_matrices
-        ),
-    )
-
-
-def _matrices(params: PyTree) -> PyTree:
-    """What decays: weights that are multiplied with, not biases and norms."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def _last_state(output: Path, config: TrainConfig, resume: bool) -> Path | None:

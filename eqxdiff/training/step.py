@@ -149,11 +149,16 @@ def train_step(task: Task, state: TrainState, batch: PyTree) -> tuple[TrainState
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "gradient": optax.global_norm(grads)}
+    metrics = {**metrics, "gradient": l2_norm(grads)}
     ema = state.ema
     if ema is not None:
         ema = average(ema, params, ema_rate(task.ema_decay, state.step))
     return TrainState(state.step + 1, params, opt_state, ema), loss, metrics
+
+
+def l2_norm(tree: PyTree) -> Scalar:
+    """The L2 norm of all numbers of a PyTree."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def ema_rate(decay: float, step: Int[Array, ""]) -> Scalar:

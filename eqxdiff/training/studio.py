@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from jaxtyping import PyTree
 
 from .._errors import CheckpointError, SettingError
 from ..checkpoint import load_module, open_source, read_table, save_module
-from ..checkpoint.load import dotted
 from ..pipeline import Blueprint, open_model
 from ..vae import AutoencoderKL
 from .config import TrainConfig
@@ -89,17 +87,12 @@ def open_studio(config: TrainConfig) -> Studio:
 
 
 def zeroed(modules: dict[str, Any], patterns: tuple[str, ...]) -> dict[str, Any]:
-    """The modules with zeros in the leaves of which the path matches."""
-    if not patterns:
-        return modules
-    if not any(name in pattern for name in modules for pattern in patterns):
-        raise SettingError("model.zero: the expressions match no parameter of the model.")
-
-    def leaf(path: Any, x: Any) -> Any:
-        wanted = eqx.is_array(x) and any(re.match(p, dotted(path)) for p in patterns)
-        return jnp.zeros_like(x) if wanted else x
-
-    return jax.tree_util.tree_map_with_path(leaf, modules)
+    """The modules with zeros in the leaves whose path matches. **Raises:** `SettingError`."""
+    try:
+        zero = select(modules, patterns)
+    except ValueError as error:
+        raise SettingError(f"model.zero: {error}") from None
+    return jax.tree.map(lambda x, wanted: jnp.zeros_like(x) if wanted else x, modules, zero)
 
 
 def with_remat(module: Any) -> Any:

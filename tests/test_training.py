@@ -1,0 +1,247 @@
+"""Losses, noise levels and the step of training."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import FIXTURES, count_compilations, fake_tensor, relative_error
+
+from eqxdiff.checkpoint import InMemory, export_infos, export_tensors, load_module, read_table
+from eqxdiff.models.flux1 import Conditioning, Transformer, TransformerConfig
+from eqxdiff.models.flux1.family import Network
+from eqxdiff.sampling import X0, Conditioned, Denoiser, Epsilon, Flow, Row, VPrediction
+from eqxdiff.sampling.discrete import DiscreteSchedulerConfig, alphas_cumprod
+from eqxdiff.training import (
+    Discrete,
+    LogitNormal,
+    Task,
+    TrainState,
+    Uniform,
+    denoising_loss,
+    gradients,
+    kl_divergence,
+    min_snr_weight,
+    reconstruction_loss,
+    select,
+    train_step,
+)
+from eqxdiff.training.step import average, ema_rate
+from eqxdiff.training.studio import with_remat
+from eqxdiff.vae import Posterior
+
+
+CONFIG = TransformerConfig(
+    attention_head_dim=8,
+    axes_dims_rope=(2, 2, 4),
+    in_channels=8,
+    joint_attention_dim=12,
+    num_attention_heads=2,
+    num_layers=2,
+    num_single_layers=2,
+    pooled_projection_dim=10,
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(FIXTURES / "training.npz") as file:
+        return dict(file)
+
+
+def transformer(*, remat: bool = False) -> Transformer:
+    table = read_table("flux1_transformer")
+    skeleton = eqx.filter_eval_shape(lambda: Transformer.init(CONFIG, key=jax.random.key(0)))
+    tensors = {
+        name: fake_tensor(name, i.shape) for name, i in export_infos(skeleton, table).items()
+    }
+    model = load_module(InMemory(tensors), table, skeleton)
+    return with_remat(model) if remat else model
+
+
+def flow_loss(model, batch, keys):
+    """Rectified flow at given noise and levels, in the precision of the first array."""
+
+    def one(x0, noise, txt, pooled, sigma):
+        network = Network(model, None, batch["dtype"].dtype)
+        denoiser = Denoiser(Conditioned(network, Conditioning(txt, pooled)), Flow())
+        row = Row(1 - sigma, sigma, 1000 * sigma)
+        return denoising_loss(denoiser, x0, noise, row)
+
+    names = ("x0", "noise", "txt", "pooled", "sigma")
+    return jnp.mean(jax.vmap(one)(*(batch[name] for name in names))), {}
+
+
+def read_batch(reference, dtype=jnp.float32):
+    batch = {name: jnp.asarray(reference[name]) for name in ("txt", "pooled", "sigma")}
+    batch |= {n: jnp.asarray(reference[n].transpose(0, 2, 3, 1)) for n in ("x0", "noise")}
+    return batch | {"dtype": jnp.zeros(3, dtype)}
+
+
+def task_of(model, optimizer, **given) -> tuple[Task, TrainState]:
+    params, frozen = eqx.partition(model, eqx.is_inexact_array)
+    task = Task(frozen, flow_loss, optimizer, jax.random.key(0), **given)
+    return task, TrainState.init(params, optimizer, ema=True)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"remat": True}, {"accumulate": 3}], ids=["plain", "remat", "accumulate"]
+)
+def test_a_step_of_flux_has_the_loss_and_gradients_of_diffusers(reference, given):
+    parts = {name: value for name, value in given.items() if name == "accumulate"}
+    task, state = task_of(transformer(remat="remat" in given), optax.sgd(1.0), **parts)
+    batch = read_batch(reference)
+    keys = jax.random.split(jax.random.key(0), 3)
+    grads, loss, _ = eqx.filter_jit(gradients)(task, state.params, batch, keys)
+    assert abs(float(loss) / reference["loss"] - 1) < 1e-5
+    whole = eqx.combine(grads, task.frozen)
+    ours = dict(export_tensors(whole, read_table("flux1_transformer")))
+    theirs = {n.removeprefix("grad/"): v for n, v in reference.items() if n.startswith("grad/")}
+    assert ours.keys() == theirs.keys()
+    whole = lambda grads: np.concatenate([grads[name].ravel() for name in theirs])
+    assert relative_error(whole(ours), whole(theirs)) < 1e-5
+    if given:  # other sums round otherwise, which cancellation in a single tensor magnifies
+        return
+    for name, grad in theirs.items():
+        bound = max(1e-5, 5 * reference[f"rounding/{name}"])
+        assert relative_error(ours[name], grad) < bound, name
+
+
+def test_a_step_in_bfloat16_keeps_float32_weights(reference):
+    task, state = task_of(transformer(), optax.adam(1e-3))
+    exact = float(flow_loss(transformer(), read_batch(reference), None)[0])
+    after, loss, metrics = train_step(task, state, read_batch(reference, jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.float32)}
+    assert 0 < abs(float(loss) / exact - 1) < 0.02
+    assert float(metrics["gradient"]) > 0
+
+
+def test_steps_lower_the_loss_and_compile_once(reference):
+    task, state = task_of(transformer(), optax.adam(3e-3))
+    losses = []
+    for step in range(12):
+        if step == 1:
+            with count_compilations() as compiled:
+                state, loss, _ = train_step(task, state, read_batch(reference))
+        else:
+            state, loss, _ = train_step(task, state, read_batch(reference))
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(state.step) == 12
+    assert len(compiled) == 0
+
+
+def test_only_what_is_selected_is_trained(reference):
+    model = transformer()
+    spec = select(model, [r"single_transformer_blocks\.", r"proj_out\.bias"])
+    params, frozen = eqx.partition(model, spec)
+    optimizer = optax.sgd(0.1)
+    before = jax.tree.map(jnp.copy, eqx.filter(model, eqx.is_array))
+    task = Task(frozen, flow_loss, optimizer, jax.random.key(0))
+    state, *_ = train_step(task, TrainState.init(params, optimizer), read_batch(reference))
+    after = eqx.combine(state.params, frozen)
+    moved = jax.tree.map(
+        lambda a, b: bool(jnp.any(a != b)), eqx.filter(after, eqx.is_array), before
+    )
+    assert all(jax.tree.leaves(moved.single_transformer_blocks))
+    assert moved.proj_out.bias
+    assert not moved.proj_out.weight
+    assert not any(jax.tree.leaves(moved.transformer_blocks))
+
+
+def test_what_selects_nothing_is_an_error():
+    with pytest.raises(ValueError, match="lora matches no parameter"):
+        select(transformer(), ["proj_out", "lora"])
+
+
+def test_a_batch_that_cannot_be_cut_is_an_error(reference):
+    task, state = task_of(transformer(), optax.sgd(1.0), accumulate=2)
+    with pytest.raises(ValueError, match="3 is no multiple of 2"):
+        train_step(task, state, read_batch(reference))
+
+
+def test_the_average_follows_the_weights():
+    """The mean at first, and an exponential average in the long run."""
+    assert float(ema_rate(0.999, jnp.asarray(0))) == pytest.approx(0.1)
+    assert float(ema_rate(0.999, jnp.asarray(10**6))) == pytest.approx(0.999)
+    ema = average({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, jnp.asarray(0.9))
+    np.testing.assert_allclose(ema["w"], 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
+def test_min_snr_weighs_every_parameterization_by_the_error_of_x0(alpha):
+    """The closed forms of the paper, and the loss in x0 that they stand for."""
+    row = Row(jnp.asarray(alpha), jnp.sqrt(1 - jnp.asarray(alpha) ** 2), jnp.asarray(0.0))
+    snr = alpha**2 / (1 - alpha**2)
+    least = min(snr, 5)
+    for parameterization, weight in (
+        (Epsilon(), least / snr),
+        (VPrediction(), least / (snr + 1)),
+        (X0(), least),
+    ):
+        assert float(min_snr_weight(row, parameterization)) == pytest.approx(weight, rel=1e-4)
+    sigma = jnp.asarray(1 - alpha)
+    straight = Row(1 - sigma, sigma, 1000 * sigma)
+    least = min((alpha / (1 - alpha)) ** 2, 5)
+    assert float(min_snr_weight(straight, Flow())) == pytest.approx(
+        least * (1 - alpha) ** 2, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("parameterization", [Epsilon(), VPrediction(), X0()])
+def test_min_snr_is_finite_at_both_ends(alpha, sigma, parameterization):
+    row = Row(jnp.asarray(alpha), jnp.asarray(sigma), jnp.asarray(0.0))
+    assert np.isfinite(float(min_snr_weight(row, parameterization)))
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), VPrediction(), X0(), Flow()])
+def test_a_perfect_network_has_no_loss(parameterization):
+    x0, noise = jnp.asarray([1.0, -2.0]), jnp.asarray([0.5, 3.0])
+    row = Row(jnp.asarray(0.6), jnp.asarray(0.8), jnp.asarray(500.0))
+    right = Denoiser(lambda x, row: parameterization.target(x0, noise, row), parameterization)
+    wrong = Denoiser(lambda x, row: right.predict(x, row) + 0.5, parameterization)
+    assert float(denoising_loss(right, x0, noise, row)) == 0
+    assert float(denoising_loss(wrong, x0, noise, row)) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_levels_have_the_distribution_that_they_are_named_for(shift):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    normal = jax.vmap(LogitNormal(0.3, 0.7, shift).sample)(keys)
+    logit = np.log(normal.sigma / (1 - normal.sigma)) - np.log(shift)  # a shift moves the logit
+    assert np.mean(logit) == pytest.approx(0.3, abs=0.05)
+    assert np.std(logit) == pytest.approx(0.7, abs=0.05)
+    uniform = jax.vmap(Uniform(shift).sample)(keys)
+    level = uniform.sigma / (shift - (shift - 1) * uniform.sigma)
+    np.testing.assert_allclose(np.quantile(level, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
+    for row in (normal, uniform):
+        np.testing.assert_allclose(row.alpha + row.sigma, 1, rtol=1e-6)
+        np.testing.assert_allclose(row.timestep, 1000 * row.sigma, rtol=1e-6)
+
+
+def test_discrete_levels_are_those_of_the_schedule():
+    config = DiscreteSchedulerConfig("DDIMScheduler")
+    rows = jax.vmap(Discrete.init(config).sample)(jax.random.split(jax.random.key(0), 3000))
+    index = np.asarray(rows.timestep).astype(int)
+    assert index.min() < 10
+    assert index.max() > 990
+    np.testing.assert_allclose(np.square(rows.alpha), alphas_cumprod(config)[index], rtol=1e-5)
+    np.testing.assert_allclose(np.square(rows.alpha) + np.square(rows.sigma), 1, rtol=1e-5)
+
+
+def test_the_divergence_is_that_of_gaussians():
+    flat = Posterior(jnp.zeros((2, 2, 3)), jnp.zeros((2, 2, 3)))
+    assert float(kl_divergence(flat)) == 0
+    apart = Posterior(jnp.full((2, 2, 3), 1.5), jnp.full((2, 2, 3), jnp.log(4.0)))
+    assert float(kl_divergence(apart)) == pytest.approx(0.5 * (1.5**2 + 4 - 1 - np.log(4)))
+
+
+def test_edges_see_what_pixels_hardly_do():
+    """A checkerboard of a small contrast differs little from gray and much in its edges."""
+    board = jnp.asarray((np.indices((8, 8)).sum(0) % 2)[:, :, None] * 0.2 - 0.1, jnp.float32)
+    gray = jnp.zeros_like(board)
+    assert float(reconstruction_loss(gray, board, 0.0)) == pytest.approx(0.1)
+    assert float(reconstruction_loss(gray, board, 1.0)) == pytest.approx(0.1 + 0.4)
+    assert float(reconstruction_loss(board, board, 1.0)) == 0
