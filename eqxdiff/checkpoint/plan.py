@@ -206,20 +206,10 @@ def _move_by(
     site = sites[path]
     theirs, between, ours = _rows_of(table, path, site.shape, use.parts, choice)
 
-    def extent(siblings: Iterable[tuple[str, int]]) -> int:
-        total = 0
-        for sibling, parts in siblings:
-            if sibling not in sites:
-                raise ValueError(f"{table.name}.toml: {tensor} needs the leaf {sibling}")
-            shape = _rows_of(table, sibling, sites[sibling].shape, parts, choice)[0]
-            if shape[1:] != theirs[1:] or not shape:
-                raise ValueError(f"{table.name}.toml: {sibling} and {path} cannot share {tensor}")
-            total += shape[0]
-        return total
-
     rows = theirs[0] if theirs else 1
-    start = extent(use.before)
-    whole = (start + rows + extent(use.after), *theirs[1:]) if theirs else ()
+    start = _extent(table, sites, path, tensor, theirs, use.before, choice)
+    after = _extent(table, sites, path, tensor, theirs, use.after, choice)
+    whole = (start + rows + after, *theirs[1:]) if theirs else ()
     count = ours[0] if ours else 1
     low = use.part * count
     move = Move(
@@ -237,6 +227,27 @@ def _move_by(
         table.scale_of(path),
     )
     return move, whole
+
+
+def _extent(
+    table: Table,
+    sites: Mapping[str, _Site],
+    path: str,
+    tensor: str,
+    theirs: Shape,
+    siblings: Iterable[tuple[str, int]],
+    choice: int,
+) -> int:
+    """How many rows of a tensor the siblings of a leaf take."""
+    total = 0
+    for sibling, parts in siblings:
+        if sibling not in sites:
+            raise ValueError(f"{table.name}.toml: {tensor} needs the leaf {sibling}")
+        shape = _rows_of(table, sibling, sites[sibling].shape, parts, choice)[0]
+        if shape[1:] != theirs[1:] or not shape:
+            raise ValueError(f"{table.name}.toml: {sibling} and {path} cannot share {tensor}")
+        total += shape[0]
+    return total
 
 
 def _check_cover(

@@ -1,6 +1,7 @@
 """LoRA and its relatives: file formats to deltas, merged into a model or applied at run time."""
 
 from .adapter import Adapter as Adapter, Patch as Patch, parse_adapter as parse_adapter
+from .extract import Extracted as Extracted, extract as extract
 from .fit import Fitted as Fitted, Report as Report, fit as fit
 from .merge import merge as merge, merge_fitted as merge_fitted, unmerge as unmerge
 from .runtime import (
@@ -12,4 +13,5 @@ from .runtime import (
     rescale as rescale,
     swap as swap,
 )
+from .source import load as load
 from .strength import Strength as Strength, split_spec as split_spec

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._errors import CheckpointError, SettingError
+from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths
 from ..checkpoint.plan import Move, Shape, condense
 from .adapter import Adapter, Patch
@@ -161,20 +161,25 @@ def _complain(header: str, report: Report) -> str:
 
 def _widened(part: Target, adapters: Sequence[Adapter]) -> dict[str, int]:
     """The leaves of a component whose axis of inputs an adapter makes longer, and how long."""
+    patches = [
+        patch
+        for adapter in adapters
+        for patch in adapter.patches
+        if patch.reshape is not None or adapter.format.widens
+    ]
+    if not patches:
+        return {}
     wider: dict[str, int] = {}
-    index = Index(part.module, part.tables)
-    for adapter in adapters:
-        for patch in adapter.patches:
-            if patch.reshape is None and not adapter.format.widens:
-                continue
-            site, shape = _find({part.name: index}, patch.module)[1], patch.shape
-            if site is None or site.weight is None or shape is None or len(shape) != 2:
-                continue
-            own = site.weight.shape
-            simple = len(site.weight.moves) == 1 and site.weight.moves[0].axes is None
-            if simple and len(own) == 2 and shape[0] == own[0] and shape[1] > own[1]:
-                leaf = site.weight.moves[0].leaf
-                wider[leaf] = max(wider.get(leaf, 0), shape[1])
+    indices = {part.name: Index(part.module, part.tables)}
+    for patch in patches:
+        site, shape = _find(indices, patch.module)[1], patch.shape
+        if site is None or site.weight is None or shape is None or len(shape) != 2:
+            continue
+        own = site.weight.shape
+        simple = len(site.weight.moves) == 1 and site.weight.moves[0].axes is None
+        if simple and len(own) == 2 and shape[0] == own[0] and shape[1] > own[1]:
+            leaf = site.weight.moves[0].leaf
+            wider[leaf] = max(wider.get(leaf, 0), shape[1])
     return wider
 
 
@@ -217,6 +222,7 @@ class _Matcher:
     def __init__(self, parts: Sequence[Target], widened: Mapping[str, Mapping[str, int]]):
         modules = {part.name: widen(part.module, widened.get(part.name, {})) for part in parts}
         self._indices = {part.name: Index(modules[part.name], part.tables) for part in parts}
+        self._parts = {part.name: part for part in parts}
         self.hits: dict[str, list[Hit]] = {part.name: [] for part in parts}
 
     def match(self, slot: int, adapter: Adapter) -> tuple[Report, list[str]]:
@@ -256,7 +262,7 @@ class _Matcher:
         return report, [f"{name}.{path}" for name, paths in touched.items() for path in paths]
 
     def _modules(self, component: str, hit: Hit) -> set[str]:
-        depth = self._indices[component].stack_depth_at
+        depth = self._parts[component].depth
         moves = [*(hit.weight.moves if hit.weight else ()), *(hit.bias.moves if hit.bias else ())]
         return {layer_path(move, depth(move.leaf)) for move in moves}
 
@@ -343,10 +349,3 @@ def scatter(move: Move, delta: np.ndarray) -> np.ndarray:
     if move.axes is not None:
         rows = rows.transpose(move.axes)
     return rows if move.scale is None else rows * np.float32(move.scale)
-
-
-def check_component(part: Target, fitted: Fitted) -> None:
-    """**Raises:** `SettingError` where adapters were fitted to a model without this component."""
-    if part.name not in fitted.hits:
-        known = ", ".join(fitted.hits)
-        raise SettingError(f"These adapters were fitted to {known}, and not to {part.name}.")

@@ -1,6 +1,7 @@
 """Which modules a model has, under every name that a published layout gives them."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -64,16 +65,11 @@ class Index:
         - `tables`: of its layouts; a name that two of them have is the first's.
         """
         leaves = {path: tuple(leaf.shape) for path, leaf in leaf_paths(skeleton).items()}
-        stack = tables[0].stack if tables else ()
+        own = Table("own", stack=tables[0].stack if tables else ())
         self._dotted: dict[str, Site] = {}
         self._flat: dict[str, Site | None] = {}
-        self.stack_depth_at = (tables[0] if tables else Table("own")).stack_depth_at
-        for table in (*tables, Table("own", stack=stack)):
-            try:
-                sites = _sites(dataclasses.replace(table, prefix=("",)), leaves)
-            except ValueError:
-                continue  # a layout of other models of this kind
-            self._add(sites)
+        for table in (*tables, own):
+            self._add(_sites(dataclasses.replace(table, prefix=("",)), tuple(leaves.items())))
 
     def _add(self, sites: Mapping[str, Site]) -> None:
         flat: dict[str, Site | None] = {}
@@ -100,20 +96,21 @@ class Index:
         fused = site.weight is not None and len(site.weight.moves) > 1
         return part_of if fused and part_of.weight is not None else None
 
-    def names(self) -> list[str]:
-        return list(self._dotted)
-
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 4
 
 
-def _sites(table: Table, leaves: Mapping[str, Shape]) -> dict[str, Site]:
+@functools.lru_cache(maxsize=16)  # adapters come one after another to models of the same shapes
+def _sites(table: Table, leaves: tuple[tuple[str, Shape], ...]) -> Mapping[str, Site]:
     """The modules of one layout, each under every spelling that the table knows.
 
-    **Raises:** `ValueError` where the table does not cover the model.
+    There are none where the layout is of other models of this kind.
     """
-    plan = compile_plan(table, leaves)
+    try:
+        plan = compile_plan(table, dict(leaves))
+    except ValueError:
+        return {}
     moves: dict[str, list[Move]] = {}
     spellings: dict[str, set[str]] = {}
     for leaf, items in plan.moves.items():
@@ -157,10 +154,9 @@ class Target:
     module: Any
     tables: tuple[Table, ...]
 
-    @property
-    def prefix(self) -> str:
-        """What precedes the paths of its leaves in the whole model."""
-        return f"{dotted(self.path)}." if self.path else ""
+    def depth(self, leaf: str) -> int | None:
+        """After how many segments of a leaf's path the layer's index comes; `None`: no stack."""
+        return self.tables[0].stack_depth_at(leaf) if self.tables else None
 
 
 def _known() -> Iterator[tuple[type, str, tuple[str, ...]]]:

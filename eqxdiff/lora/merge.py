@@ -13,7 +13,7 @@ from ..checkpoint import Table, leaf_paths
 from ..nn import Adapted
 from .adapter import Adapter
 from .fit import Fitted, Hit, fit, layer_path, scatter, widen
-from .index import Index, Target, find_targets
+from .index import Target, find_targets
 
 
 Model = TypeVar("Model")
@@ -120,7 +120,6 @@ def _merge_part(part: Target, fitted: Fitted, sign: float) -> Any:
     check_plain(part.module, "Merging")
     module = widen(part.module, fitted.widened.get(part.name, {}))
     leaves = leaf_paths(module)
-    depth = Index(module, part.tables[:1]).stack_depth_at
     hits = sorted(fitted.hits[part.name], key=lambda hit: _first(hit))
     left = Counter(layer for hit in hits for layer in _layers(hit))
     pending: dict[Layer, np.ndarray] = {}
@@ -130,7 +129,7 @@ def _merge_part(part: Target, fitted: Fitted, sign: float) -> Any:
     def add(hit: Hit, moves: Sequence[Any], delta: np.ndarray) -> None:
         strength = fitted.adapters[hit.slot].strength
         for move in moves:
-            scale = sign * strength.at(f"{part.name}.{layer_path(move, depth(move.leaf))}")
+            scale = sign * strength.at(f"{part.name}.{layer_path(move, part.depth(move.leaf))}")
             layer = (move.leaf, move.layer)
             if layer not in pending:
                 shape = shapes.get(move.leaf) or leaves[move.leaf].shape

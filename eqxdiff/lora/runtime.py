@@ -18,7 +18,7 @@ from ..checkpoint.plan import Move, Shape
 from ..nn import Adapted, Conv2d, Linear
 from .adapter import Adapter
 from .fit import Fitted, Hit, fit, gather, scatter, widen
-from .index import Index, Target, find_targets, path_of
+from .index import Target, find_targets, path_of
 from .merge import check_plain, follow, is_adapted, replace_parts
 from .strength import Strength, matches
 
@@ -122,7 +122,6 @@ def rescale(
     parts = [part for part in find_targets(model, tables) if any(adapted_layers(part.module))]
     new = []
     for part in parts:
-        depth = Index(remove(part.module), part.tables[:1]).stack_depth_at
         paths, scales = [], []
         for path, node in adapted_layers(part.module):
             slots = node.scale.shape[-1]
@@ -130,7 +129,7 @@ def rescale(
                 raise SettingError(f"{len(rules)} strengths are given for {slots} adapters.")
             layers = node.scale.shape[0] if node.scale.ndim == 2 else None
             paths.append(path)
-            scale = _scales(part.name, path, depth(f"{path}.weight"), layers, slots, rules)
+            scale = _scales(part.name, path, part.depth(f"{path}.weight"), layers, slots, rules)
             scales.append(_place(scale, node.inner))
         where: Callable[[Any], list[Any]]
         where = lambda m, paths=paths: [follow(m, path.split(".")).scale for path in paths]
@@ -254,7 +253,7 @@ class _Filler:
         self._name = part.name
         self._module = widen(part.module, fitted.widened.get(part.name, {}))
         self._leaves = leaf_paths(self._module)
-        self._depth = Index(self._module, part.tables[:1]).stack_depth_at
+        self._depth = part.depth
         self._strengths = [adapter.strength for adapter in fitted.adapters]
         self._names = [adapter.name for adapter in fitted.adapters]
         self._changes: dict[str, dict[tuple[int | None, int], _Change]] = {}
