@@ -1,0 +1,125 @@
+"""The pipelines of Stable Diffusion against diffusers, stage by stage, from the same noise."""
+
+import contextlib
+from functools import cache
+from pathlib import Path
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FIXTURES, fake_noise, relative_error
+from sd_files import CASES, picture, write_case
+
+import eqxdiff
+from eqxdiff import pipeline
+
+
+RECORDED = ("gain", "model", "prompts", "others", "controls", "scheduler")
+"""What is in a case besides settings."""
+
+
+@cache
+def read_reference() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / "sd_pipeline.npz") as file:
+        return dict(file)
+
+
+def given(case: dict) -> dict:
+    return {name: value for name, value in case.items() if name not in RECORDED}
+
+
+def load(name: str, root: Path, **options) -> eqxdiff.Pipeline:
+    """The pipeline of a case, whose files are written once."""
+    case, folder = CASES[name], root / name
+    if not folder.exists():
+        write_case(folder, case)
+    nets = [str(folder / f"controlnet_{i}") for i in range(len(case.get("controls", ())))]
+    options = {"controlnets": nets, "dtype": jnp.float32, **options}
+    return eqxdiff.load(case["model"], str(folder / "model"), steps=case["steps"], **options)
+
+
+def controls_of(case: dict, seed: int = 0) -> list[eqxdiff.ControlImage]:
+    def one(i: int, control: dict) -> eqxdiff.ControlImage:
+        return eqxdiff.ControlImage(picture(seed + i, case["height"], case["width"]), **control)
+
+    return [one(i, control) for i, control in enumerate(case.get("controls", ()))]
+
+
+def noise_of(case: dict) -> np.ndarray:
+    return fake_noise(len(case["prompts"]), 4, case["height"] // 8, case["width"] // 8)
+
+
+@cache
+def fast(function):
+    """Compiled with less optimising, which would take most of the time of these tests."""
+    return eqx.filter_jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@contextlib.contextmanager
+def compiled_fast():
+    """Within it, pipelines are compiled sooner. It gives a list that the latents, (n, c, h, w), are
+    added to after each step."""
+    latents, names = [], ("_encode", "_start", "_step", "_decode")
+    functions = {name: fast(getattr(pipeline, name).__wrapped__) for name in names}
+
+    def step(fixed, x, state):
+        x, state = functions["_step"](fixed, x, state)
+        latents.append(np.asarray(x).transpose(0, 3, 1, 2))
+        return x, state
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in {**functions, "_step": step}.items():
+            patch.setattr(pipeline, name, function)
+        yield latents
+
+
+def assert_agrees(value, name: str, floor: float, factor: float) -> None:
+    """Within the floor, or some times what the reference itself loses to float32."""
+    reference = read_reference()
+    error = relative_error(value, reference[name])
+    bound = max(floor, factor * float(reference[f"{name}/rounding"]))
+    print(f"{name}: {error:.1e}, at most {bound:.1e}")
+    assert error < bound, f"{name}: {error:.1e}"
+
+
+def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
+    """What the network is told of the prompt."""
+    case = CASES[name]
+    with compiled_fast():
+        encoded = load(name, root).encode(case["prompts"], **given(case))
+    conditional = encoded.conditional
+    pooled = f"{name}/pooled" in read_reference()
+    assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
+    if pooled:
+        assert_agrees(conditional.pooled, f"{name}/pooled", 5e-6, 5)
+    return encoded
+
+
+def check_case(name: str, root: Path) -> None:
+    """Every stage of a case."""
+    case, encoded = CASES[name], check_prompt(name, root)
+    with compiled_fast() as latents:
+        result = eqxdiff.generate(
+            load(name, root),
+            encoded,
+            noise=noise_of(case),
+            batch_size=len(case["prompts"]),
+            controls=controls_of(case),
+            **given(case),
+        )
+    assert len(latents) == case["steps"]
+    assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
+    assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
+    images = np.stack([np.asarray(image, np.int16) for image in result.images])
+    difference = np.abs(images - read_reference()[f"{name}/images"])
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3  # all values one too low would be no rounding error
+
+
+def check_reference(name: str) -> None:
+    """Another prompt moves the final latents by a tenth at least, and so does another picture."""
+    reference = read_reference()
+    assert reference[f"{name}/moved"] > 0.1
+    if CASES[name].get("controls"):
+        assert reference[f"{name}/moved by picture"] > 0.1

@@ -1,0 +1,56 @@
+"""The checkpoints and pictures that the pipelines of Stable Diffusion are compared on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from helpers import FIXTURES, fake_tensor, write_checkpoint
+
+from eqxdiff.checkpoint import export_infos, read_table
+from eqxdiff.models import find_model
+from eqxdiff.models._unet_tiny import CONTROLNET
+from eqxdiff.models.sdxl.tiny import ADDED
+
+
+CASES = json.loads((FIXTURES / "sd_pipeline.json").read_text())
+OF_UNETS = ("up_block_types", "out_channels")
+
+
+def write_case(folder: Path, case: dict) -> tuple[Path, list[Path]]:
+    """The checkpoint of a case, and its ControlNets."""
+    model = write_checkpoint(folder / "model", case["model"], case.get("gain", 1.0))
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **case.get("scheduler", {})}))
+    names = [f"controlnet_{i}" for i in range(len(case.get("controls", ())))]
+    return model, [write_controlnet(folder / name, case["model"]) for name in names]
+
+
+def write_controlnet(folder: Path, model: str) -> Path:
+    """A ControlNet for a tiny UNet, whose numbers depend on its folder's name and their own."""
+    family, _ = find_model(model)
+    unet = json.loads(family.example(model)["unet/config.json"])
+    own = {name: unet[name] for name in unet if name in {**CONTROLNET, **ADDED}}
+    config = {**CONTROLNET, **own, "_class_name": "ControlNetModel"}
+    config = {name: value for name, value in config.items() if name not in OF_UNETS}
+    component = family.controlnet
+    assert component is not None
+    infos = export_infos(component.skeleton(component.parse(config)), read_table(component.table))
+    tensors = {
+        key: fake_tensor(f"{folder.name}.{key}", info.shape, 3.0 if "cond_embedding" in key else 1)
+        for key, info in infos.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(
+        tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """Blocks of random colours, (height, width, 3), uint8."""
+    rng = np.random.RandomState(seed)
+    return np.kron(rng.randint(0, 256, (height // 8, width // 8, 3)), np.ones((8, 8, 1))).astype(
+        np.uint8
+    )
