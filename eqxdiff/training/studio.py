@@ -54,6 +54,8 @@ def open_studio(config: TrainConfig) -> Studio:
     if unknown := given.keys() - plan.family.components.keys():
         raise SettingError(f"model.weights: there is no component {min(unknown)}.")
     alone = any(pattern.startswith("vae") for pattern in config.model.train)
+    if not alone and "vae" not in given:
+        raise SettingError("model.weights: a denoiser needs a finished vae: name its folder.")
     configs, modules = dict(plan.configs), {}
     for index, (name, component) in enumerate(plan.family.components.items()):
         if alone and name != "vae":
@@ -73,8 +75,6 @@ def open_studio(config: TrainConfig) -> Studio:
             modules[name] = eqx.filter_jit(component.init)(configs[name], key=key)
     plan = dataclasses.replace(plan, configs=configs)
     plan.family.check(configs)
-    if not alone and "vae" not in given:
-        raise SettingError("model.weights: a denoiser needs a finished vae: name its folder.")
     vae = None if alone else modules.pop("vae")
     modules = zeroed(modules, config.model.zero)
     if config.model.remat:
