@@ -16,7 +16,9 @@ import typer
 
 from eqxdiff import EqxdiffError
 
+from .convert import convert
 from .generate import generate
+from .inspect import inspect
 from .tables import models, samplers
 from .tiny import random
 from .train import train
@@ -28,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (generate, models, samplers, train, random):
+for command in (generate, convert, inspect, models, samplers, train, random):
     app.command()(command)
 
 UsageError: Any = typer.BadParameter.__base__

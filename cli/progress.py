@@ -30,7 +30,7 @@ class AbstractReport(abc.ABC):
 
     @abc.abstractmethod
     def progress(self, what: str, done: int, total: int) -> None:
-        """Bytes where `what` begins with "loading"; steps or prompts otherwise."""
+        """Bytes where `what` begins with "loading" or "writing"; steps or prompts otherwise."""
 
     @abc.abstractmethod
     def note(self, event: str, message: str, **details: Any) -> None:
@@ -63,7 +63,7 @@ class JsonReport(AbstractReport):
         print(json.dumps(event), file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        soon = what.startswith("loading") and monotonic() - self._last < OFTEN_SECONDS
+        soon = what.startswith(("loading", "writing")) and monotonic() - self._last < OFTEN_SECONDS
         if not self._quiet and (done >= total or not soon):
             self._last = monotonic()
             self._emit(event="progress", what=what, done=done, total=total)
@@ -143,7 +143,7 @@ class TextReport(AbstractReport):
 
 def describe(what: str, done: int, total: int, rate: float | None) -> str:
     """A line of progress. `rate`: seconds for each of what is counted, where it is known."""
-    if what.startswith("loading"):
+    if what.startswith(("loading", "writing")):
         unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         return f"{what}: {done / unit:.1f} of {total / unit:.1f} {name}"
     text = f"{what}: {done} of {total}"

@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 from eqxdiff._errors import CheckpointError
+from eqxdiff.checkpoint.raw import SHORT_RUN_BYTES
 from eqxdiff.checkpoint.safetensors import (
     DTYPES,
-    SHORT_RUN_BYTES,
     MergedSource,
     SafetensorsFile,
     merge_shards,

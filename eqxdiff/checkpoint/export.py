@@ -55,10 +55,10 @@ def _layout(module: Any, table: Table) -> list[tuple[str, TensorInfo, list[Move]
             raise ValueError(f"{tensor} cannot be made of leaves of several dtypes: {names}")
         layout.append((tensor, TensorInfo(plan.shapes[tensor], dtypes.pop()), moves[tensor]))
     # Wide numbers first: each tensor is then aligned to the size of its numbers in the file.
-    return sorted(layout, key=lambda item: (-item[1].dtype.itemsize, _natural(item[0])))
+    return sorted(layout, key=lambda item: (-item[1].dtype.itemsize, natural_order(item[0])))
 
 
-def _natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sorts `blocks.2` before `blocks.10`."""
     return tuple((not s.isdigit(), int(s) if s.isdigit() else 0, s) for s in name.split("."))
 

@@ -281,6 +281,8 @@ REFINER = Kind("the refiner of Stable Diffusion XL", (), {})
 FLUX_DEV = Kind("FLUX.1 [dev]", ("flux-dev",), _FLUX)
 FLUX_SCHNELL = Kind("FLUX.1 [schnell]", ("flux-schnell",), _FLUX)
 
+KINDS = (SD1, SD2, SDXL, REFINER, FLUX_DEV, FLUX_SCHNELL)
+
 UNETS = {(768, None): SD1, (1024, None): SD2, (2048, 2816): SDXL, (1280, 2560): REFINER}
 """The length of a token's state and of the added conditioning -> what has a UNet for it."""
 

@@ -124,7 +124,7 @@ def load_module(
         if progress is not None:
             progress(told, total)
 
-    with _Reader(source, name, advance) as reader:
+    with Reader(source, name, advance) as reader:
         for entries, leaf in flat:
             if not is_leaf(leaf):
                 values.append(leaf)
@@ -170,7 +170,7 @@ def _placement(sharding: Any, skeleton: Any) -> Callable[[str, Shape], Any]:
 
 
 def _load_leaf(
-    reader: "_Reader",
+    reader: "Reader",
     plan: Plan,
     leaf: str,
     shape: Shape,
@@ -213,17 +213,23 @@ def put(buffer: np.ndarray, device: Any) -> jax.Array:
     return jax.device_put(buffer, device, may_alias=True)
 
 
-class _Reader:
+class Reader:
     """Fills leaves with several threads: reading, checking and casting one piece each."""
 
-    def __init__(self, source: AbstractTensorSource, name: str, advance: Callable[[int], None]):
-        """`advance` is told how many bytes of a leaf are filled."""
+    def __init__(
+        self,
+        source: AbstractTensorSource,
+        name: str,
+        advance: Callable[[int], None] = lambda count: None,
+    ):
+        """`name` is what errors call the source; `advance` is told how many bytes of a leaf are
+        filled."""
         self._source, self._tensors, self._name = source, source.tensors, name
         self._advance = advance
         self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
         self._scratch = threading.local()
 
-    def __enter__(self) -> "_Reader":
+    def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:

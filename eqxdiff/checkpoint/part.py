@@ -47,13 +47,17 @@ class Part:
         """The weights, downloaded if need be. **Raises:** `SourceError`, `CheckpointError`."""
         if self.file is None:
             return self.source.tensors(self.folder)
-        return SafetensorsFile(self.source.path(self._within(self.file)))
+        return SafetensorsFile(self.path())
+
+    def path(self) -> Path:
+        """The file on disk, downloaded if need be. **Raises:** `SourceError`."""
+        return self.source.path(self._within(self.file or ""))
 
     def _within(self, name: str) -> str:
         return "/".join(filter(None, (self.folder, name)))
 
 
-def open_part(spec: str, *, revision: str | None = None) -> Part:
+def open_part(spec: str, *, revision: str | None = None, others: bool = False) -> Part:
     """Opens a component that was asked for by itself.
 
     **Arguments:**
@@ -61,6 +65,7 @@ def open_part(spec: str, *, revision: str | None = None) -> Part:
     - `spec`: a `.safetensors` file, a folder with a `config.json` and weights, a Hub repository
         that is one, or `REPOSITORY:FILE` or `REPOSITORY:FOLDER`. What exists on disk goes first.
     - `revision`: of a repository.
+    - `others`: whether a file may be something else than safetensors.
 
     **Raises:** `SourceError`.
     """
@@ -68,7 +73,8 @@ def open_part(spec: str, *, revision: str | None = None) -> Part:
     if spec and path.is_dir():
         return Part(Source(Folder(path)), "")
     if spec and path.is_file():
-        _refuse_pickle(spec)
+        if not others:
+            _refuse_others(spec)
         return Part(Source(Folder(path.parent)), "", path.name)
     repository, _, inner = spec.partition(":")
     if not inner:
@@ -78,7 +84,8 @@ def open_part(spec: str, *, revision: str | None = None) -> Part:
         inner = inner.rstrip("/")
         first = f"{inner}/{CONFIG}"
         return Part(open_source(repository, revision=revision, first=first), inner)
-    _refuse_pickle(name)
+    if not others:
+        _refuse_others(name)
     return Part(open_source(repository, revision=revision, first=inner), folder, name)
 
 
@@ -164,7 +171,7 @@ def is_file(spec: str) -> bool:
     return file
 
 
-def _refuse_pickle(name: str) -> None:
+def _refuse_others(name: str) -> None:
     if name.endswith(".msgpack"):
         raise SourceError(
             f"{name} holds weights of Flax: `eqxdiff convert` makes safetensors of it."

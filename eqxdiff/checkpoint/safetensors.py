@@ -7,12 +7,9 @@ Format: https://github.com/huggingface/safetensors/blob/v0.6.2/README.md#format
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
-import stat
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .._errors import CheckpointError
+from .raw import RawFile
 from .source import AbstractTensorSource, Index, TensorInfo, show
 
 
@@ -47,12 +45,6 @@ MOST_HEADER_BYTES = 100_000_000
 MOST_AXES = 32
 MOST_NAME = 1000
 
-SHORT_RUN_BYTES = 16 << 10
-"""Scattered pieces shorter than this are cut from longer reads, instead of one read each."""
-
-COVER_BYTES = 4 << 20
-"""The length of those longer reads."""
-
 
 class SafetensorsFile(AbstractTensorSource):
     """An open safetensors file. It is closed when the last reference to it goes.
@@ -70,14 +62,8 @@ class SafetensorsFile(AbstractTensorSource):
         **Raises:** `CheckpointError` where it cannot be read or its header is damaged.
         """
         self._name = str(path) if name is None else name
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise CheckpointError(f"{self._name} is not a file.")
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self._name} cannot be read: {error.strerror}.") from None
-        weakref.finalize(self, os.close, self._file)
-        size = os.fstat(self._file).st_size
+        self._file = RawFile(path, self._name)
+        size = self._file.size
         header = self._read_header(size)
         self._data = 8 + len(header)
         self._tensors, self._offsets, self.metadata = parse_header(
@@ -92,60 +78,17 @@ class SafetensorsFile(AbstractTensorSource):
     def _read_header(self, size: int) -> bytes:
         if size < 8:
             self._fail(f"the file has {size} bytes, too few for any header")
-        head = self._read_bytes(0, 8)
+        head = self._file.bytes(0, 8)
         length = int.from_bytes(head, "little")
         if length > MOST_HEADER_BYTES or length > size - 8:
             self._fail(_not_safetensors(head) or _too_long(length, size))
-        return self._read_bytes(8, length)
-
-    def _read_bytes(self, offset: int, length: int) -> bytes:
-        data = np.empty(length, np.uint8)
-        self._read_at(offset, data)
-        return data.tobytes()
-
-    def _read_at(self, offset: int, out: np.ndarray) -> None:
-        """Fills a contiguous array with the file's bytes from `offset` on."""
-        view = out.reshape(-1).view(np.uint8).data
-        while len(view):
-            try:
-                count = os.preadv(self._file, [view], offset)
-            except OSError as error:
-                raise CheckpointError(f"{self._name} cannot be read: {error.strerror}.") from None
-            if count == 0:
-                self._fail("the file has become shorter while it was read")
-            view, offset = view[count:], offset + count
+        return self._file.bytes(8, length)
 
     def _fail(self, why: str) -> NoReturn:
         raise CheckpointError(f"{self._name} is not a valid safetensors file: {why}.")
 
     def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        info = self._tensors[name]
-        offset = self._data + self._offsets[name]
-        if not out.size:
-            return
-        strides = [info.dtype.itemsize] * len(info.shape)
-        for axis in reversed(range(len(info.shape) - 1)):
-            strides[axis] = strides[axis + 1] * info.shape[axis + 1]
-        # a run of bytes without a gap spans the last axis that is cut, and all those after it
-        cut = [axis for axis, n in enumerate(info.shape) if index[axis] != (0, n)]
-        axis = cut[-1] if cut else 0
-        origin = offset + sum(start * s for (start, _), s in zip(index, strides, strict=True))
-        outer = out.shape[:axis]
-        run = out.nbytes // math.prod(outer)
-        if not outer or run >= SHORT_RUN_BYTES:
-            rows = out.reshape(-1).view(np.uint8).reshape(-1, run)
-            for row, place in zip(rows, itertools.product(*map(range, outer)), strict=True):
-                at = sum(i * s for i, s in zip(place, strides, strict=False))
-                self._read_at(origin + at, row)
-            return
-        rows = max(COVER_BYTES // strides[0], 1)
-        columns = tuple(slice(*bounds) for bounds in index[1:])
-        start, stop = index[0]
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            cover = np.empty((last - first, *info.shape[1:]), info.dtype)
-            self._read_at(offset + first * strides[0], cover)
-            out[first - start : last - start] = cover[:, *columns]
+        self._file.read(self._data + self._offsets[name], self._tensors[name], index, out)
 
 
 class MergedSource(AbstractTensorSource):

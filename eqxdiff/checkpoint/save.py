@@ -53,23 +53,15 @@ def save_module(
     folder = Path(folder)
     metadata = {"format": "pt", **(metadata or {})}
     infos = export_infos(module, table)
-    shards = _cut(infos, max_shard_bytes)
+    shards = cut(infos, stem, max_shard_bytes)
     tensors = export_tensors(module, table)
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    else:
-        count = len(shards)
-        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = list(shards)
     with atomic(folder) as new:
-        for name, shard in zip(names, shards, strict=True):
-            write_tensors(new(name), {t: infos[t] for t in shard}, tensors, metadata)
+        for name, shard in shards.items():
+            write_tensors(new(name), shard, tensors, metadata)
         if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
-                "weight_map": {t: n for n, shard in zip(names, shards, strict=True) for t in shard},
-            }
             names.append(f"{stem}.safetensors.index.json")
-            new(names[-1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            new(names[-1]).write_text(index_text(shards), encoding="utf-8")
     ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     for file in folder.iterdir():
         if ours.fullmatch(file.name) and file.name not in names:
@@ -84,24 +76,29 @@ def write_tensors(
     metadata: Mapping[str, str],
 ) -> None:
     """Writes a safetensors file of the next `len(infos)` items of `tensors`, which are `infos`."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, info in infos.items():
-        header[name] = {
-            "dtype": NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [end, end + info.nbytes],
-        }
-        end += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(infos, metadata))
         for wanted, info in infos.items():
             name, array = next(tensors)
             if (name, array.shape, array.dtype) != (wanted, info.shape, info.dtype):
                 raise ValueError(f"{name} of {array.shape} comes where {wanted} is expected")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """What precedes the tensors of a safetensors file, which follow in the order of `infos`."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in infos.items():
+        fields[name] = {
+            "dtype": NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end + info.nbytes],
+        }
+        end += info.nbytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextlib.contextmanager
@@ -144,14 +141,30 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _cut(infos: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
-    """The names in order, in groups of at most `most` bytes or of one tensor."""
-    shards: list[list[str]] = [[]]
+def cut(
+    infos: Mapping[str, TensorInfo], stem: str, most: int = MOST_SHARD_BYTES
+) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors in order, by file: each of at most `most` bytes or of one tensor."""
+    shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in infos.items():
         if shards[-1] and size + info.nbytes > most:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(name)
+        shards[-1][name] = info
         size += info.nbytes
-    return shards
+    count = len(shards)
+    if count == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def index_text(shards: Mapping[str, Mapping[str, TensorInfo]]) -> str:
+    """The index of several files."""
+    index = {
+        "metadata": {
+            "total_size": sum(i.nbytes for shard in shards.values() for i in shard.values())
+        },
+        "weight_map": {tensor: name for name, shard in shards.items() for tensor in shard},
+    }
+    return json.dumps(index, indent=2) + "\n"

@@ -1,0 +1,112 @@
+"""The command that writes a checkpoint in another layout."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from .progress import JsonReport, TextReport, libraries_tell
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Layout = Literal["diffusers", "single-file"]
+
+
+def convert(
+    source: Annotated[
+        str, Argument(metavar="SRC", help="A file, folder, Hub repository or REPOSITORY:FILE.")
+    ],
+    target: Annotated[Path, Argument(metavar="DST", help="A folder or file, not there yet.")],
+    to: Annotated[
+        Layout | None,
+        Option(help="By default a single file where DST ends in .safetensors, else a folder."),
+    ] = None,
+    dtype: Annotated[Dtype | None, Option(help="Of the weights; by default as they are.")] = None,
+    model: Annotated[
+        str | None, Option(help="Such as sd21-base, where the file does not tell.")
+    ] = None,
+    configs: Annotated[
+        str | None,
+        Option(help="A folder or repository with the configs of a single file; or the model's."),
+    ] = None,
+    complete: Annotated[
+        bool, Option("--complete", help="Take components that SRC lacks from there, too.")
+    ] = False,
+    only: Annotated[
+        str | None, Option(help="Write one component to the single file, such as transformer.")
+    ] = None,
+    pickle: Annotated[
+        bool,
+        Option("--pickle", help="Read the tensors of a pickle (.ckpt, .bin), and nothing else."),
+    ] = False,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of SRC.")] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Check everything and tell what would be written.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print no progress.")] = False,
+) -> None:
+    """Converts a checkpoint of any layout to a diffusers folder or to the original single file.
+
+    What is written appears when it is complete. A folder that was interrupted is gone on with when
+    the command is run again.
+    """
+    from eqxdiff import SettingError
+    from eqxdiff.checkpoint import convert as to_layout
+
+    single = target.suffix == ".safetensors" if to is None else to == "single-file"
+    if only is not None and not single:
+        raise SettingError("--only would be ignored without --to single-file.")
+    if target.exists():
+        raise SettingError(f"{target} exists already: name what does not.")
+    report = JsonReport(quiet) if as_json else TextReport(quiet)
+    with libraries_tell(report):
+        checkpoint = to_layout.open_checkpoint(
+            source, model=model, configs=configs, revision=revision, pickle=pickle
+        )
+        if complete:
+            checkpoint = checkpoint.completed()
+        if single:
+            targets = to_layout.plan_file(checkpoint, target.name, dtype, only)
+        else:
+            targets = to_layout.plan_folder(checkpoint, dtype)
+        for text in notes(checkpoint, model):
+            report.note("note", text)
+        if not dry_run:
+            write = to_layout.write_file if single else to_layout.write_folder
+            what = f"writing {target.name}"
+            progress = lambda file, done, total: report.progress(what, done, total)
+            write(checkpoint, target, targets, progress)
+    report.close()
+    summary: dict[str, Any] = {
+        "source": source,
+        "target": str(target),
+        "model": checkpoint.model,
+        "layout": "single-file" if single else "diffusers",
+        "components": list(checkpoint.components),
+        "missing": checkpoint.missing,
+        "bytes": sum(item.nbytes for item in targets),
+        "files": [{"path": item.path, "bytes": item.nbytes} for item in targets],
+        "written": not dry_run,
+    }
+    if as_json:
+        print(json.dumps(summary))
+    elif dry_run:
+        for item in targets:
+            print(f"{item.nbytes:>15,}  {item.path}")
+    else:
+        print(target)
+
+
+def notes(checkpoint: Any, model: str | None) -> list[str]:
+    """What the user should know of what was taken for granted."""
+    texts = [f"{checkpoint.name} holds {checkpoint.model}"]
+    if model is None and checkpoint.alike:
+        texts[0] += f", or one that looks the same: {', '.join(checkpoint.alike)} (--model)"
+    if checkpoint.name != checkpoint.configs.name:
+        texts.append(f"configs and tokenizers are those of {checkpoint.configs.name}")
+    if checkpoint.missing:
+        lacks = ", ".join(checkpoint.missing)
+        texts.append(f"{lacks}: not in {checkpoint.name} and not written (--complete adds them)")
+    return texts

@@ -1,0 +1,63 @@
+"""The command that tells what a checkpoint holds."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from .tables import table
+
+
+if TYPE_CHECKING:
+    from eqxdiff.checkpoint.inspect import Portrait
+
+
+def inspect(
+    source: Annotated[
+        str, Argument(metavar="SRC", help="A file, folder, Hub repository or REPOSITORY:FILE.")
+    ],
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a repository.")] = None,
+    pickle: Annotated[bool, Option("--pickle", help="Look into a pickle, too.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Tells what a checkpoint holds, by its headers: of files on the Hub only these are fetched."""
+    from eqxdiff.checkpoint.inspect import inspect as look
+
+    portrait = look(source, revision=revision, pickle=pickle)
+    print(json.dumps(dataclasses.asdict(portrait)) if as_json else describe(portrait))
+
+
+def describe(portrait: "Portrait") -> str:
+    """The same in words."""
+    models = f" ({', '.join(portrait.models)})" if portrait.models else ""
+    lines = [
+        f"model: {portrait.model or 'unknown'}{models}",
+        f"layout: {portrait.layout}",
+        f"parameters: {portrait.parameters:,}",
+        f"bytes: {portrait.nbytes:,}",
+        f"dtypes: {counts(portrait.dtypes)}",
+        "",
+    ]
+    rows = [
+        (name, f"{part['parameters']:,}", str(part["tensors"]), counts(part["dtypes"]), place(part))
+        for name, part in portrait.components.items()
+    ]
+    lines.append(table(("COMPONENT", "PARAMETERS", "TENSORS", "DTYPES", "LAYOUT"), rows))
+    lines += [f"missing: {name}" for name in portrait.missing]
+    lines += [f"extra: {name}" for name in portrait.extra]
+    lines += portrait.problems
+    lines += [f"metadata: {key}: {value[:200]}" for key, value in portrait.metadata.items()]
+    return "\n".join(lines)
+
+
+def counts(dtypes: dict[str, int]) -> str:
+    return (
+        next(iter(dtypes)) if len(dtypes) == 1 else ", ".join(f"{n} {d}" for d, n in dtypes.items())
+    )
+
+
+def place(part: dict[str, Any]) -> str:
+    if "layout" not in part:
+        return "diffusers"
+    return f"{part['layout']} under {part['prefix']}" if part["prefix"] else part["layout"]
