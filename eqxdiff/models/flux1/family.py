@@ -37,7 +37,7 @@ from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
 from .._family import AbstractFamily, Component, Configs, Control, Guidance, Modules, Preset
 from .._index import read_index
 from .._settings import Settings, check_range, check_size, complete, option, spacing
-from . import rules, tiny
+from . import embedded, rules, tiny
 from .conditioning import Conditioning
 from .config import TransformerConfig
 from .network import Transformer
@@ -110,6 +110,7 @@ class Flux1(AbstractFamily):
                 "black-forest-labs/FLUX.1-schnell",
                 Settings(steps=4, height=1024, width=1024, max_sequence_length=256),
             ),
+            **embedded.presets(),
         }
     )
     components: ClassVar[Mapping[str, Component]] = types.MappingProxyType(

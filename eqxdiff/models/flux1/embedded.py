@@ -1,0 +1,19 @@
+"""The model that comes in the box: its files are in the package, in the published layout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .._family import Preset
+from .._settings import Settings
+
+
+FOLDER = Path(__file__).parent / "emoji"
+
+
+def presets(folder: Path = FOLDER) -> Mapping[str, Preset]:
+    """`flux-emoji`, where its files are there: a package may be built without them."""
+    if not (folder / "model_index.json").is_file():
+        return {}
+    settings = Settings(steps=20, height=64, width=64, cfg=3.0, max_sequence_length=20)
+    summary = "FLUX.1 architecture, 6 M, trained here on emoji; comes with the package"
+    return {"flux-emoji": Preset(summary, str(folder), settings)}
