@@ -5,6 +5,7 @@ from .extract import Extracted as Extracted, extract as extract
 from .fit import Fitted as Fitted, Report as Report, fit as fit
 from .merge import merge as merge, merge_fitted as merge_fitted, unmerge as unmerge
 from .runtime import (
+    adapted_layers as adapted_layers,
     adapter_leaves as adapter_leaves,
     apply as apply,
     apply_fitted as apply_fitted,

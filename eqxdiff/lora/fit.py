@@ -290,7 +290,8 @@ def _fit_one(slot: int, patch: Patch, site: Site) -> tuple[Hit | None, str]:
         shape, weight = patch.shape, site.weight
         if weight is None or shape is None:
             return None, "is for a module without a weight"
-        if _bare(shape) != _bare(weight.shape):
+        flat = (weight.shape[0], math.prod(weight.shape[1:]))
+        if shape != flat and _bare(shape) != _bare(weight.shape):
             return None, f"changes a weight of {shape}, which in the model is {weight.shape}"
         if patch.magnitude is not None:
             try:

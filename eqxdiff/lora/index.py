@@ -9,17 +9,11 @@ from typing import Any
 import jax
 
 from ..checkpoint import Table, leaf_paths, read_table
+from ..checkpoint.layout import FORMS
 from ..checkpoint.load import dotted
 from ..checkpoint.plan import Move, Shape, compile_plan
 from ..models import FAMILIES
 
-
-ALSO: Mapping[str, tuple[str, ...]] = {
-    "flux1_transformer": ("flux1_transformer_bfl",),
-    "unet": ("unet_sgm", "unet_ldm"),
-    "clip": ("clip_openclip",),
-}
-"""For the table of a component: those of other layouts in which adapters of it are written."""
 
 PARAMETERS = {"weight": "weight", "scale": "weight", "bias": "bias"}
 """The last segment of a tensor's name, and what it is to its module."""
@@ -164,8 +158,9 @@ def _known() -> Iterator[tuple[type, str, tuple[str, ...]]]:
     for family in FAMILIES:
         for name, component in family.components.items():
             if inspect.ismethod(component.init) and isinstance(component.init.__self__, type):
-                others = ALSO.get(component.table, ())
-                yield component.init.__self__, name, (component.table, *others)
+                forms = (form.table for form in FORMS.get(component.table, ()))
+                tables = tuple(dict.fromkeys((component.table, *forms)))
+                yield component.init.__self__, name, tables
 
 
 def find_targets(model: Any, tables: Sequence[Table] | None = None) -> list[Target]:

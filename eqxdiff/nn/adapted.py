@@ -25,7 +25,7 @@ class Adapted(eqx.Module):
 
     - `inner`: a `Linear` or `Conv2d`; with changes alone any layer that has a `weight`.
     - `scale`: one number for each adapter.
-    - `down`: `(slots, rank, in)`, for a convolution with the kernel's axes flattened into `in`.
+    - `down`: `(slots, rank, inputs)`, for a convolution `in` and the kernel in one axis.
     - `up`: `(out, slots, rank)`.
     - `rows`, `columns`: `(slots, out)` and `(slots, in)`: how much of the weight itself to add.
     - `change`, `bias_change`: `(slots, *shape)` of the weight and of the bias.
@@ -33,7 +33,7 @@ class Adapted(eqx.Module):
 
     inner: eqx.Module
     scale: Float[Array, "*layers slots"]
-    down: Float[Array, "*layers slots rank in"] | None = None
+    down: Float[Array, "*layers slots rank inputs"] | None = None
     up: Float[Array, "*layers out slots rank"] | None = None
     rows: Float[Array, "*layers slots out"] | None = None
     columns: Float[Array, "*layers slots in"] | None = None
