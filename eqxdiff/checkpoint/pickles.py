@@ -9,7 +9,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -108,6 +108,12 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIss
 
     It is the one in Python, whose memory is a dictionary: that in C can be told to allocate.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()  # pyright: ignore
+        if code != pickle.BYTEARRAY8[0]  # which makes as many bytes as it is told to
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         known = GLOBALS.get((module, name))
