@@ -23,14 +23,19 @@ class Mutation(NamedTuple):
     new: str
 
 
-def apply(mutation: Mutation, monkeypatch) -> None:
+def apply(mutation: Mutation, monkeypatch, *, traced: bool = True) -> None:
     """Puts the mutation in place for the length of a test.
+
+    **Arguments:**
+
+    - `traced`: whether it is in what JAX compiles, so that nothing compiled before holds.
 
     **Raises:** `AssertionError` where the code has changed so that the mutation no longer fits.
     """
     module_name, _, path = mutation.where.partition(":")
     module = importlib.import_module(f"eqxdiff.{module_name}")
-    jax.clear_caches()
+    if traced:
+        jax.clear_caches()
     if not path:
         assert hasattr(module, mutation.old)
         monkeypatch.setattr(module, mutation.old, eval(mutation.new, vars(module)))

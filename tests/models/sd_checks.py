@@ -15,7 +15,7 @@ import eqxdiff
 from eqxdiff import pipeline
 
 
-RECORDED = ("gain", "model", "prompts", "others", "controls", "scheduler")
+OTHERS = ("gain", "model", "prompts", "others", "controls", "scheduler", "reference")
 """What is in a case besides settings."""
 
 
@@ -26,7 +26,7 @@ def read_reference() -> dict[str, np.ndarray]:
 
 
 def given(case: dict) -> dict:
-    return {name: value for name, value in case.items() if name not in RECORDED}
+    return {name: value for name, value in case.items() if name not in OTHERS}
 
 
 def load(name: str, root: Path, **options) -> eqxdiff.Pipeline:
@@ -83,11 +83,16 @@ def assert_agrees(value, name: str, floor: float, factor: float) -> None:
     assert error < bound, f"{name}: {error:.1e}"
 
 
+@cache
+def loaded(name: str, root: Path) -> eqxdiff.Pipeline:
+    return load(name, root)
+
+
 def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     """What the network is told of the prompt."""
     case = CASES[name]
     with compiled_fast():
-        encoded = load(name, root).encode(case["prompts"], **given(case))
+        encoded = loaded(name, root).encode(case["prompts"], **given(case))
     conditional = encoded.conditional
     pooled = f"{name}/pooled" in read_reference()
     assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
@@ -96,23 +101,53 @@ def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     return encoded
 
 
+def check_latents(name: str, root: Path) -> None:
+    """The prompt, and the latents after the first step and the last."""
+    case, encoded, pipe = CASES[name], check_prompt(name, root), loaded(name, root)
+    with compiled_fast() as latents:
+        pictures = pipeline.generate_each(
+            pipe,
+            encoded,
+            pipe.blueprint.resolve(given(case)),
+            noise=noise_of(case),
+            batch_size=len(case["prompts"]),
+            controls=controls_of(case),
+            decode=False,
+        )
+        final = np.stack([picture.latent for picture in pictures])
+    assert len(latents) == case["steps"]
+    assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
+    assert_agrees(final, f"{name}/final", 2e-5, 10)
+
+
+def check_picture(name: str, root: Path) -> None:
+    """What the recorded latents are decoded to, in 8 bits."""
+    latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
+    with compiled_fast():
+        arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
+    check_bytes(name, pipeline.to_bytes(np.asarray(arrays)))
+
+
 def check_case(name: str, root: Path) -> None:
-    """Every stage of a case."""
-    case, encoded = CASES[name], check_prompt(name, root)
+    """All in one call of `generate`."""
+    case = CASES[name]
+    check_prompt(name, root)
     with compiled_fast() as latents:
         result = eqxdiff.generate(
-            load(name, root),
-            encoded,
+            loaded(name, root),
+            case["prompts"],
             noise=noise_of(case),
             batch_size=len(case["prompts"]),
             controls=controls_of(case),
             **given(case),
         )
-    assert len(latents) == case["steps"]
     assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
     assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
-    images = np.stack([np.asarray(image, np.int16) for image in result.images])
-    difference = np.abs(images - read_reference()[f"{name}/images"])
+    check_bytes(name, np.stack([np.asarray(image) for image in result.images]))
+
+
+def check_bytes(name: str, images: np.ndarray) -> None:
+    difference = np.abs(images.astype(np.int16) - read_reference()[f"{name}/images"])
     assert difference.max() <= 1
     assert difference.mean() < 1e-3  # all values one too low would be no rounding error
 

@@ -30,6 +30,7 @@ def load(folder: Path, case: dict):
         kind += "ControlNet"
     cls = getattr(diffusers, f"{kind}Pipeline")
     pipe = cls.from_pretrained(model, torch_dtype=torch.float32, **more)
+    case = {**case, **case.get("reference", {})}  # what ours has for a default
     if "sampler" in case:
         changes = {k: case[k] for k in ("timestep_spacing", "prediction_type") if k in case}
         cls = getattr(diffusers, case["sampler"])
