@@ -19,6 +19,7 @@ from eqxdiff import EqxdiffError
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
+from .lora import app as lora
 from .tables import models, samplers
 from .tiny import random
 from .train import train
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for command in (generate, convert, inspect, models, samplers, train, random):
     app.command()(command)
+app.add_typer(lora, name="lora")
 
 UsageError: Any = typer.BadParameter.__base__
 """Of the click that this version of Typer brings along or depends on."""

@@ -15,6 +15,7 @@ Stage = Literal["text"]
 Spread = Literal["karras", "exponential", "beta", "ays"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+LoraMode = Literal["merge", "runtime"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Request:
 
     - `settings`: fields of `eqxdiff.Settings`.
     - `controls`: as in `canny=photo.png@0.5`.
+    - `loras`: as in `style.safetensors@0.8`.
     - `parts`: component -> where its weights are, in place of the model's own.
     - `mesh`: sizes of its axes, as in `data=4,fsdp=2`.
     - `offload`, `release`: whether to move the text encoders to host memory between uses, or to
@@ -46,6 +48,9 @@ class Request:
     metadata: bool
     weights: str | None
     parts: dict[str, str]
+    loras: tuple[str, ...]
+    lora_partial: bool
+    lora_mode: LoraMode
     revision: str | None
     dtype: Dtype | None
     compute_dtype: Dtype | None
@@ -190,6 +195,20 @@ def generate(
     text_encoder_2: Annotated[
         str | None, Option("--text-encoder-2", help="Another second text encoder, likewise.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        Option(
+            help="A LoRA, as SPEC[@SCALE]: a file, repository or REPOSITORY:FILE, and perhaps a "
+            "scale for all or for parts, as in a.safetensors@unet=0.8,text_encoder=0.4. "
+            "May be repeated."
+        ),
+    ] = None,
+    lora_partial: Annotated[
+        bool, Option("--lora-partial", help="Accept LoRAs of which not all fits the model.")
+    ] = False,
+    lora_mode: Annotated[
+        LoraMode, Option(help="Add LoRAs to the weights, or compute them beside the weights.")
+    ] = "merge",
     revision: Annotated[
         str | None, Option(help="A branch, tag or commit of the repository.")
     ] = None,
@@ -295,6 +314,9 @@ def generate(
             }.items()
             if spec is not None
         },
+        loras=tuple(lora or ()),
+        lora_partial=lora_partial,
+        lora_mode=lora_mode,
         revision=revision,
         dtype=dtype,
         compute_dtype=compute_dtype,

@@ -73,6 +73,8 @@ def run(request: Request, report: AbstractReport) -> None:
         warn_of_dropped(plan, prompts, settings, report)
         if plan.note is not None:
             report.note("weights", plan.note)
+        for lora in () if plan.adapters is None else plan.adapters.reports:
+            report.note("warning" if lora.unused else "lora", str(lora), layers=dict(lora.layers))
         if request.seed is None:
             report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
 
@@ -132,6 +134,9 @@ def open_plan(request: Request, controlnets: Sequence[str]) -> Blueprint:
         parts=request.parts,
         controlnets=controlnets,
         steps=request.settings["steps"],
+        loras=request.loras,
+        lora_partial=request.lora_partial,
+        lora_mode=request.lora_mode,
         revision=request.revision,
         dtype=request.dtype,
         compute_dtype=request.compute_dtype,

@@ -49,6 +49,7 @@ def run_record(
         "compute_dtype": str(plan.compute_dtype),
         "noise": seeds if noise is None else {"source": "file", "sha256": noise},
         **({"controls": list(controls)} if controls else {}),
+        **({"loras": plan.adapters.record()} if plan.adapters is not None else {}),
         "batch_size": batch_size,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

@@ -15,6 +15,7 @@ from ._errors import (
 
 
 if TYPE_CHECKING:
+    from . import lora as lora
     from .models import Settings as Settings, find_model as find_model, model_names as model_names
     from .pipeline import (
         Blueprint as Blueprint,
@@ -36,6 +37,7 @@ __version__ = importlib.metadata.version("eqxdiff")
 
 # Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
 _HOMES = {
+    "lora": (),
     "models": ("Settings", "find_model", "model_names"),
     "pipeline": (
         *("Blueprint", "ControlImage", "Encoded", "Picture", "Pipeline", "Result"),

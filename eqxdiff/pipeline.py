@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
 from .checkpoint import Part, Source, load_module, locate, open_part, open_weights
+from .lora import Adapter, Fitted, apply_fitted, fit, load as load_adapter, merge_fitted
 from .models import (
     AbstractFamily,
     Component,
@@ -55,6 +56,7 @@ class Blueprint:
     - `defaults`: the settings that hold where nothing else is given.
     - `made_for`: the number of steps that the weights are made for, if there is one.
     - `note`: what a single file of weights lacks, and what that is taken from.
+    - `adapters`: LoRAs, and whether they are `merged` rather than applied at run time.
     """
 
     model: str
@@ -70,6 +72,8 @@ class Blueprint:
     defaults: Settings
     made_for: int | None
     note: str | None = None
+    adapters: Fitted | None = None
+    merged: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,7 +125,7 @@ class Blueprint:
                 return None
             return parameter_sharding(path, shape, component.rules, self.mesh)
 
-        return load_module(
+        module = load_module(
             tensors,
             table,
             skeleton,
@@ -130,6 +134,10 @@ class Blueprint:
             name=name,
             progress=report,
         )
+        if self.adapters is None:
+            return module
+        put = merge_fitted if self.merged else apply_fitted
+        return put({name: module}, self.adapters)[name]
 
 
 def open_model(
@@ -139,6 +147,9 @@ def open_model(
     parts: Mapping[str, str] = types.MappingProxyType({}),
     controlnets: Sequence[str] = (),
     steps: int | None = None,
+    loras: Sequence[str | Adapter] = (),
+    lora_partial: bool = False,
+    lora_mode: Literal["merge", "runtime"] = "merge",
     revision: str | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -199,6 +210,15 @@ def open_model(
                 f"{part} has {size} tokens and {encoder} embeds {known}: "
                 "they do not belong together."
             )
+    adapters = None
+    if loras:
+        skeletons = {
+            part: component.skeleton(configs[part])
+            for part, component in family.components.items()
+            if component.stage != "vae"
+        }
+        opened_loras = [load_adapter(one) if isinstance(one, str) else one for one in loras]
+        adapters = fit(skeletons, opened_loras, partial=lora_partial, widen=False)
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return Blueprint(
@@ -215,6 +235,8 @@ def open_model(
         preset.defaults,
         made_for,
         note,
+        adapters,
+        lora_mode == "merge",
     )
 
 
@@ -308,6 +330,9 @@ def load(
     parts: Mapping[str, str] = types.MappingProxyType({}),
     controlnets: Sequence[str] = (),
     steps: int | None = None,
+    loras: Sequence[str | Adapter] = (),
+    lora_partial: bool = False,
+    lora_mode: Literal["merge", "runtime"] = "merge",
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -326,6 +351,9 @@ def load(
         place of the model's own, such as `{"unet": "ByteDance/SDXL-Lightning:..."}`.
     - `controlnets`: names that the model knows, such as `"canny"`, or folders or repositories.
     - `steps`: for a model whose weights depend on the number of steps, such as SDXL-Lightning.
+    - `loras`: adapters, or what `eqxdiff.lora.load` reads, such as `"style.safetensors@0.8"`.
+    - `lora_partial`: accept tensors of theirs that fit nothing in the model.
+    - `lora_mode`: add them to the weights, or apply them beside the weights at run time.
     - `dtype`: of the weights, by default the checkpoint's.
     - `compute_dtype`: of the activations, by default float32 on a CPU and else bfloat16.
     - `mesh`: from `eqxdiff.make_mesh`, to spread weights and batches over devices.
@@ -339,6 +367,9 @@ def load(
         parts=parts,
         controlnets=controlnets,
         steps=steps,
+        loras=loras,
+        lora_partial=lora_partial,
+        lora_mode=lora_mode,
         revision=revision,
         dtype=dtype,
         compute_dtype=compute_dtype,

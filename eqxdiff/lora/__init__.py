@@ -1,6 +1,7 @@
 """LoRA and its relatives: file formats to deltas, merged into a model or applied at run time."""
 
 from .adapter import Adapter as Adapter, Patch as Patch, parse_adapter as parse_adapter
+from .base import guess_base as guess_base
 from .extract import Extracted as Extracted, extract as extract
 from .fit import Fitted as Fitted, Report as Report, fit as fit
 from .merge import merge as merge, merge_fitted as merge_fitted, unmerge as unmerge

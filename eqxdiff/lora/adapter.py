@@ -82,6 +82,7 @@ class Adapter:
     - `metadata`: of the file's header.
     - `dtype`: of its tensors, for the record; the patches are in float32.
     - `strength`: that it is applied with.
+    - `sha256`: of the file, in hex; empty where it is not from one.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Adapter:
     metadata: Mapping[str, str]
     dtype: np.dtype
     strength: Strength = dataclasses.field(default_factory=Strength)
+    sha256: str = ""
 
     def scaled(self, strength: float | str | Strength) -> "Adapter":
         """The same adapter at another strength, such as `0.8` or `"unet=0.8,text_encoder=0"`.

@@ -107,6 +107,19 @@ class Fitted:
     widened: Mapping[str, Mapping[str, int]]
     reports: tuple[Report, ...]
 
+    def record(self) -> list[dict[str, Any]]:
+        """What is worth keeping with a picture: the files, their strengths, what they touched."""
+        return [
+            {
+                "name": adapter.name,
+                "sha256": adapter.sha256,
+                "strength": str(adapter.strength),
+                "layers": dict(report.layers),
+                "unused": len(report.unused),
+            }
+            for adapter, report in zip(self.adapters, self.reports, strict=True)
+        ]
+
 
 def fit(
     model: Any,

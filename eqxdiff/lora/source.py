@@ -1,6 +1,8 @@
 """Where adapters come from: a file, a folder, or a repository on the Hub."""
 
 import contextlib
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from .._errors import SourceError
 from ..checkpoint import SafetensorsFile, Source, open_source
 from ..checkpoint.hub import PICKLES, REPOSITORY, Folder, explain
 from .adapter import Adapter, parse_adapter
-from .strength import split_spec
+from .strength import Strength, split_spec
 
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -38,11 +40,14 @@ def load(spec: str, *, revision: str | None = None) -> Adapter:
     text, strength = (spec, None) if whole else split_spec(spec)
     source, file = _open(text, revision)
     config = source.read_json(_beside(file, CONFIG)) if _has_config(source, file) else None
-    weights = SafetensorsFile(source.path(file), name=_name(text, file))
+    path = source.path(file)
+    weights = SafetensorsFile(path, name=_name(text, file))
     adapter = parse_adapter(
         weights, name=_name(text, file), metadata=weights.metadata, config=config
     )
-    return adapter if strength is None else adapter.scaled(strength)
+    with open(path, "rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    return dataclasses.replace(adapter, sha256=digest, strength=strength or Strength())
 
 
 def _open(text: str, revision: str | None) -> tuple[Source, str]:

@@ -49,6 +49,11 @@ class Strength:
             return scale
         return cls.parse(scale) if isinstance(scale, str) else cls(float(scale))
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        rules = (f"{pattern}={scale:g}" for pattern, scale in self.rules)
+        return ",".join([f"{self.default:g}", *rules])
+
     def at(self, path: str) -> float:
         """The scale of a module, `path` beginning with its component."""
         scale = self.default

@@ -1,0 +1,82 @@
+"""Writing what was merged or extracted: all of it or nothing."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._errors import CheckpointError, SettingError
+from ..checkpoint import Source, TensorInfo, read_table, save_module
+from ..checkpoint.hub import HEAVY
+from ..checkpoint.save import atomic, write_tensors
+
+
+def check_new(path: Path, suffix: str = "") -> None:
+    """**Raises:** `SettingError` where a file or folder exists, or is called otherwise."""
+    if suffix and path.suffix != suffix:
+        raise SettingError(f"{path} is no {suffix} file: let its name end in {suffix}.")
+    if path.exists():
+        raise SettingError(f"{path} exists already: give another name, or remove it.")
+
+
+def save_extracted(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes an adapter. **Raises:** `CheckpointError` where it cannot be written."""
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
+    with atomic(path.parent) as new:
+        write_tensors(new(path.name), infos, iter(tensors.items()), {"format": "pt"})
+
+
+def save_merged(
+    source: Source,
+    load: Callable[[list[str]], Mapping[str, Any]],
+    tables: Mapping[str, str],
+    stages: Mapping[str, str],
+    tokenizers: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Writes a model in the layout of diffusers, one component in memory at a time.
+
+    **Arguments:**
+
+    - `source`: where the configs and tokenizers are copied from.
+    - `load`: a component's name to the component, as it is to be written.
+    - `tables`, `stages`: of the components, by name.
+
+    **Raises:** `SettingError` where the folder exists, `CheckpointError` where it cannot be
+    written.
+    """
+    check_new(folder)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.mkdir(parents=True)
+        for name in ("model_index.json", "scheduler/scheduler_config.json"):
+            (part / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.path(name), part / name)
+        for name in tokenizers:
+            _copy_light(source.folder(name), part / name)
+        for name, table in tables.items():
+            (part / name).mkdir()
+            shutil.copyfile(source.path(f"{name}/config.json"), part / name / "config.json")
+            stem = "model" if stages[name] == "text" else "diffusion_pytorch_model"
+            save_module(load([name])[name], read_table(table), part / name, stem=stem)
+        os.replace(part, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be written: {error.strerror}."
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(part)
+
+
+def _copy_light(folder: Path, target: Path) -> None:
+    """The files of a folder but its weights."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.endswith(HEAVY):
+            shutil.copyfile(file, target / file.name)
