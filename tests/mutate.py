@@ -52,6 +52,7 @@ def apply(mutation: Mutation, monkeypatch, *, traced: bool = True) -> None:
     exec(code, vars(module), broken)
     monkeypatch.setattr(owner, name, broken[name])
     if not owners:  # a function may have been imported by name elsewhere
-        for other in [m for n, m in sys.modules.items() if n.startswith("eqxdiff.")]:
+        importing = ("eqxdiff.", "test_")
+        for other in [m for n, m in sys.modules.items() if n.startswith(importing)]:
             for alias in [a for a, value in vars(other).items() if value is original]:
                 monkeypatch.setattr(other, alias, broken[name])

@@ -23,6 +23,7 @@ from eqxdiff.sampling import (
     noise_levels,
     parse_discrete_config,
     parse_flow_config,
+    spacing as spreads,
 )
 
 
@@ -188,6 +189,19 @@ def test_align_your_steps_is_the_published_table_in_ten_steps():
         np.testing.assert_allclose(found[1] ** 2, found[0] * found[2], rtol=1e-5)
     with pytest.raises(SettingError, match="No table"):
         discrete_schedule(config, 10, grid, kind="ays")
+
+
+@pytest.mark.parametrize(
+    ("model", "timesteps"),
+    [
+        ("sd", [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]),
+        ("sdxl", [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]),
+    ],
+)
+def test_the_tables_lie_at_their_published_timesteps(model, timesteps):
+    grid, table = find_sampler("euler").grid, spreads.AYS_TABLES[model]
+    schedule = discrete_schedule(discrete(), 10, grid, kind="ays", table=table)
+    np.testing.assert_allclose(schedule.timestep[:-1], timesteps, atol=1.5)
 
 
 def test_a_list_of_sigmas_is_taken_as_it_is():
