@@ -182,7 +182,7 @@ def generate(
     ] = False,
     weights: Annotated[
         str | None,
-        Option(help="A folder in the diffusers layout, or a Hub repository."),
+        Option(help="A folder in the diffusers layout, a Hub repository, or a single file."),
     ] = None,
     unet: Annotated[
         str | None, Option(help="Another UNet: a file, folder, repository or REPOSITORY:FILE.")
