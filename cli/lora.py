@@ -122,8 +122,13 @@ def merge(
     assert plan.adapters is not None
     reports = plan.adapters.reports
     tables = {name: part.table for name, part in plan.components.items()}
-    stems = {name: part.stage for name, part in plan.components.items()}
-    save_merged(plan.source, plan.load, tables, stems, plan.tokenizers, output)
+    stages = {name: part.stage for name, part in plan.components.items()}
+    configs = {
+        name: (plan.parts[name].config() if name in plan.parts else None)
+        or plan.source.read_json(f"{name}/config.json")
+        for name in plan.components
+    }
+    save_merged(plan.source, plan.load, configs, tables, stages, list(plan.tokenizers), output)
     if as_json:
         print(json.dumps({"folder": str(output), "loras": plan.adapters.record()}, indent=2))
         return
@@ -150,7 +155,7 @@ def extract(
     import jax.numpy as jnp
 
     from eqxdiff.checkpoint import read_table
-    from eqxdiff.lora import extract
+    from eqxdiff.lora import extract as extract_adapter
     from eqxdiff.lora.save import check_new, save_extracted
     from eqxdiff.pipeline import open_model
 
@@ -160,9 +165,11 @@ def extract(
     kept: dict[str, float] = {}
     tensors: dict[str, Any] = {}
     for name in names:  # one component in memory at a time
-        modules = [plan.load([name]) for plan in plans]
+        before, after = (plan.load([name]) for plan in plans)
         tables = {name: read_table(plans[0].components[name].table)}
-        found = extract(*modules, tables, rank=rank, dtype=jnp.dtype(dtype), bias=not linear_only)
+        found = extract_adapter(
+            before, after, tables, rank=rank, dtype=jnp.dtype(dtype), bias=not linear_only
+        )
         tensors |= found.tensors
         kept |= found.kept
     save_extracted(output, tensors)

@@ -1,10 +1,11 @@
 """Writing what was merged or extracted: all of it or nothing."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,20 @@ def save_extracted(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def save_merged(
     source: Source,
     load: Callable[[list[str]], Mapping[str, Any]],
+    configs: Mapping[str, Mapping[str, Any]],
     tables: Mapping[str, str],
     stages: Mapping[str, str],
-    tokenizers: Mapping[str, Any],
+    tokenizers: Sequence[str],
     folder: Path,
 ) -> None:
     """Writes a model in the layout of diffusers, one component in memory at a time.
 
     **Arguments:**
 
-    - `source`: where the configs and tokenizers are copied from.
-    - `load`: a component's name to the component, as it is to be written.
-    - `tables`, `stages`: of the components, by name.
+    - `source`: where the index, the scheduler and the tokenizers are copied from.
+    - `load`: names of components to these, as they are to be written.
+    - `configs`, `tables`, `stages`: of the components, by name.
+    - `tokenizers`: their folders.
 
     **Raises:** `SettingError` where the folder exists, `CheckpointError` where it cannot be
     written.
@@ -61,7 +64,8 @@ def save_merged(
             _copy_light(source.folder(name), part / name)
         for name, table in tables.items():
             (part / name).mkdir()
-            shutil.copyfile(source.path(f"{name}/config.json"), part / name / "config.json")
+            text = json.dumps(configs[name], indent=2) + "\n"
+            (part / name / "config.json").write_text(text, encoding="utf-8")
             stem = "model" if stages[name] == "text" else "diffusion_pytorch_model"
             save_module(load([name])[name], read_table(table), part / name, stem=stem)
         os.replace(part, folder)
