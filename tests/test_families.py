@@ -36,7 +36,17 @@ def test_a_family_has_its_files(path):
     for name in ("__init__.py", "config.py", "family.py", "README.md"):
         assert (path / name).is_file(), f"{path.name} lacks {name}"
     assert (TESTS / "models" / f"test_{path.name}.py").is_file(), "no parity test"
-    assert list((TESTS / "manifests").glob(f"{path.name}*.txt")), "no manifest"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+def test_every_model_has_manifests(family):
+    """Of each component, and of its ControlNets."""
+    checkpoints = json.loads((TESTS / "manifests" / "checkpoints.json").read_text())
+    for model, preset in family.presets.items():
+        controlnet = {"controlnet"} if preset.controls else set()
+        assert set(checkpoints[model]) == set(family.components) | controlnet
+        for manifest in checkpoints[model].values():
+            assert (TESTS / "manifests" / f"{manifest}.txt").is_file(), manifest
 
 
 @pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.name)
