@@ -147,9 +147,9 @@ def test_a_missing_folder_is_refused(cli):
     assert "There is no folder /no/such/folder;" in error
 
 
-def test_a_file_is_no_folder(cli, dev):
+def test_a_file_that_is_no_weights_is_told(cli, dev):
     error = cli("generate", "flux-dev", "--weights", dev / "model_index.json", "-p", "x").error
-    assert "is a file, but a folder" in error
+    assert "model_index.json is not a valid safetensors file" in error
 
 
 def test_offline_with_nothing_cached_is_told(cli, monkeypatch, tmp_path):

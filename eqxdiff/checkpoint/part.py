@@ -32,7 +32,9 @@ class Part:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Tells these weights from others."""
+        """Tells these weights from others: by the header and size of a local file."""
+        if self.file is not None and Path(self.source.name).is_dir():
+            return {"file": self.file, "sha256": SafetensorsFile(self.path()).fingerprint}
         return {**self.source.identity, "file": self._within(self.file or "")}
 
     def config(self) -> Mapping[str, Any] | None:
@@ -153,10 +155,12 @@ def open_weights(weights: str | None, repository: str, *, revision: str | None =
     - `repository`: what completes a single file.
     - `revision`: of what was given.
 
-    **Raises:** `SourceError`.
+    **Raises:** `SourceError`; `CheckpointError` where the file is damaged.
     """
     if weights is not None and is_file(weights):
-        return Weights(open_source(repository), open_part(weights, revision=revision))
+        part = open_part(weights, revision=revision)
+        part.tensors()  # a file that is none is told before the repository is asked for
+        return Weights(open_source(repository), part)
     return Weights(open_source(weights or repository, revision=revision), None)
 
 

@@ -35,13 +35,15 @@ class AbstractTensorSource(abc.ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating point dtype that most bytes are in; float32 where there are none."""
+        """The floating point dtype that most bytes are in, bfloat16 in place of any of 8 bits, which
+        norms and biases would not bear; float32 where there are none."""
         sizes: dict[np.dtype, int] = {np.dtype(np.float32): 0}
         for name, info in self.tensors.items():
             if jnp.issubdtype(info.dtype, jnp.floating):
                 dtype = self.dtype_of(name)
                 sizes[dtype] = sizes.get(dtype, 0) + info.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        dtype = max(sizes, key=lambda dtype: sizes[dtype])
+        return dtype if dtype.itemsize > 1 else np.dtype(jnp.bfloat16)
 
     def dtype_of(self, name: str) -> np.dtype:
         """What a tensor is best kept in, which may be narrower than what it is read in."""
