@@ -30,8 +30,11 @@ def train(
     """Trains a model on a folder of images with captions."""
     from eqxdiff.training import read_config, train
 
+    from .cache import compile_cache
+
     tell = _Telling(quiet, as_json)
-    folder = train(read_config(config), output, resume=resume, report=tell)
+    with compile_cache(None):
+        folder = train(read_config(config), output, resume=resume, report=tell)
     tell.clear()
     print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)
 
