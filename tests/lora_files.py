@@ -357,7 +357,9 @@ def diffusers_metadata(draft: Draft) -> None:
     draft.lora(TEXT[0].replace(":", "."), TEXT[0], style="peft", factor=6 / np.sqrt(3))
     text = {"text_encoder.lora_alpha": 6, "text_encoder.use_rslora": True}
     pattern = {"transformer_blocks.1.attn.to_q": 8}
-    fields = {"transformer.lora_alpha": 6, "transformer.alpha_pattern": pattern, **text}
+    names = [target.partition(":")[2] for target in FLUX]
+    fields = {"r": 3, "lora_alpha": 6, "alpha_pattern": pattern, "target_modules": names}
+    fields = {f"transformer.{name}": value for name, value in fields.items()} | text
     draft.metadata["lora_adapter_metadata"] = json.dumps(fields)
 
 
@@ -497,3 +499,65 @@ FORMATS: dict[str, tuple[str, str, Callable[[Draft], None]]] = {
     "peft-no-prefix": ("sd15", "peft", peft("")),
 }
 """Name -> the model, what the format is reported as, and how to draft such a file."""
+
+
+AGREED = (
+    "kohya-flux",
+    "kohya-sdxl",
+    "kohya-sd15",
+    "comfyui-flux",
+    "xlabs",
+    "diffusers-flux",
+    "diffusers-flux-dotted",
+    "diffusers-metadata",
+    "diffusers-unet",
+    "diffusers-attn",
+    "peft-dora",
+)
+"""Formats that diffusers reads rightly, or does in part."""
+
+LEFT_OUT = {
+    "kohya-flux": r"^lora_te|final_layer|_in_layer|_in_out_layer|_img_in|_txt_in|linear1",
+}
+"""What diffusers reads wrongly, not at all, or at the full size of FLUX.1 only."""
+
+
+def peft_dora(draft: Draft) -> None:
+    for target in FLUX[:-1]:
+        stem = target.replace(":", ".")
+        draft.lora(stem, target, style="peft")
+        norms = np.linalg.norm(draft.weight(target), axis=1)
+        magnitude = norms * (1 + 0.2 * noise(f"m {stem}", norms.size))
+        draft.file[f"{stem}.lora_magnitude_vector"] = magnitude.astype(np.float32)
+
+
+def agreed(case: str) -> Draft:
+    """A draft for which diffusers and the definition should agree.
+
+    Where it finds out from the names how many blocks there are, both blocks are in the file. All
+    alphas are one: those of one module it applies to others whose names end alike.
+    """
+    model, _, make = ("flux-dev", "", peft_dora) if case == "peft-dora" else FORMATS[case]
+    draft = Draft("sdxl" if model == "sd15" else model)
+    make(draft)
+    draft.expected = {}
+    for name in list(draft.file):
+        if re.search(LEFT_OUT.get(case, "^$"), name):
+            del draft.file[name]
+        elif name.endswith("alpha"):
+            draft.file[name] = np.array(2, np.float32)
+    if case in LEFT_OUT:
+        for name, array in list(draft.file.items()):
+            first = re.sub(r"(_blocks[._])1([._])", r"\g<1>0\2", name)
+            draft.file.setdefault(first, array if "alpha" in name else array[::-1] * 0.5)
+    return draft
+
+
+def denoiser_inputs(model: str) -> dict[str, np.ndarray]:
+    """What the denoisers are compared on."""
+    if model.startswith("flux"):
+        shapes = {"img": (6, 16), "txt": (5, 32), "pooled": (32,)}
+    else:
+        shapes = {"x": (8, 8, 4), "context": (7, 32)}
+        shapes |= {"text_embeds": (10,)} if model == "sdxl" else {}
+    return {name: noise(name, *shape) for name, shape in shapes.items()}

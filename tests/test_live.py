@@ -14,6 +14,8 @@ REFERENCE = Path(__file__).parent / "reference"
 SCRIPTS = {
     "flux1": ["flux1.npz"],
     "flux1_pipeline": ["flux1_pipeline.npz"],
+    "sd_pipeline": ["sd_pipeline.npz"],
+    "lora": ["lora.npz"],
     "solvers": ["solvers.npz"],
     "text": ["clip.npz", "t5.npz"],
     "vae": ["vae.npz"],
