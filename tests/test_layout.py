@@ -227,6 +227,28 @@ def test_a_file_may_lack_components():
     assert set(claim(Header(alone), wanted("flux-dev"), "x")) == {"vae"}
 
 
+class Scales(Header):
+    """Every number is one."""
+
+    def read(self, name, index, out):
+        out[...] = 1
+
+
+@pytest.mark.parametrize(
+    "names", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")]
+)
+def test_a_scaled_file_is_used_completely(names):
+    """The FLUX.1 of full size in float8, each matrix with its scales beside it."""
+    flux = whole("flux-dev")
+    matrices = [n for n, s in flux.items() if len(s) == 2 and n.startswith("model.")]
+    scales = [f"{matrix.removesuffix('weight')}{name}" for matrix in matrices for name in names]
+    file = Scales(flux, F8)
+    file._tensors |= {name: TensorInfo((), F32) for name in scales}
+    file._tensors["model.diffusion_model.scaled_fp8"] = TensorInfo((2,), F8)
+    assert set(claim(file, wanted("flux-dev"), "x")) == set(TABLES["flux-dev"])
+    assert describe(file).models == ("flux-dev",)
+
+
 class TestScaled:
     """Weights in 8 bits times a scale."""
 

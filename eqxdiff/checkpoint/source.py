@@ -35,8 +35,10 @@ class AbstractTensorSource(abc.ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating point dtype that most bytes are in, bfloat16 in place of any of 8 bits, which
-        norms and biases would not bear; float32 where there are none."""
+        """The floating point dtype that most bytes are in; float32 where there are none.
+
+        It is bfloat16 in place of any of 8 bits, which norms and biases would not bear.
+        """
         sizes: dict[np.dtype, int] = {np.dtype(np.float32): 0}
         for name, info in self.tensors.items():
             if jnp.issubdtype(info.dtype, jnp.floating):

@@ -159,12 +159,15 @@ class Table:
         """After how many segments of a leaf's path the layer's index comes; `None`: no stack."""
         segments = tuple(path.split("."))
         for pattern in self.stack:
+            if not pattern.literals.issubset(segments):
+                continue
             for _, stop, _ in pattern.find(segments):
                 return stop
         return None
 
     def drops(self, tensor: str) -> bool:
-        return any(pattern.matches(tensor) for pattern in self.drop)
+        segments = frozenset(tensor.split("."))
+        return any(p.literals <= segments and p.matches(tensor) for p in self.drop)
 
     def uses(self, name: str) -> tuple[Use, ...]:
         """The tensors that make the leaf `name` (a path with the layer's index in it)."""
@@ -172,12 +175,16 @@ class Table:
         for whole, parts in self.split:
             uses = []
             for place, part in enumerate(parts):
+                if not part.pattern.literals.issubset(segments):
+                    continue
                 for start, stop, stars in part.pattern.find(segments):
                     uses.append(self._split_use(segments, whole, parts, place, start, stop, stars))
                     break
             if uses:
                 return tuple(uses)
         for ours, pieces in self.concat:
+            if not ours.literals.issubset(segments):
+                continue
             for start, stop, stars in ours.find(segments):
                 spans = [[(start, stop, (piece.fill(stars),))] for piece in pieces]
                 return tuple(
@@ -229,7 +236,9 @@ class Table:
         return tuple(dict.fromkeys(".".join(sum(choice, ())) for choice in choices))
 
     def _modifier(self, rows: Sequence[tuple[Pattern, Any]], name: str) -> Any:
-        return next((value for pattern, value in rows if pattern.matches(name)), None)
+        segments = frozenset(name.split("."))
+        found = (v for p, v in rows if p.literals <= segments and p.matches(name))
+        return next(found, None)
 
     def transpose_of(self, name: str) -> tuple[int, ...] | None:
         return self._modifier(self.transpose, name)
