@@ -15,6 +15,7 @@ from helpers import read_manifest
 
 from eqxdiff._errors import CheckpointError, SourceError
 from eqxdiff.checkpoint import inspect as module
+from eqxdiff.checkpoint.hub import Folder, Source
 from eqxdiff.checkpoint.inspect import inspect, remote_header
 
 
@@ -155,6 +156,48 @@ def test_of_a_file_on_the_hub_only_the_header_is_fetched(remote, monkeypatch, he
     assert sum(sent) <= max(1000, head)
     portrait = inspect("a/b:c/x.safetensors")
     assert portrait.parameters == 200_003
+
+
+class Remote(Folder):
+    """A folder that passes for a repository, of which no weights may be downloaded."""
+
+    @property
+    def name(self):
+        return "a/b"
+
+    @property
+    def identity(self):
+        return {"repository": "a/b", "revision": "c0"}
+
+    def paths(self, files):
+        assert not any(file.endswith(".safetensors") for file in files)
+        return super().paths(files)
+
+
+def test_of_a_repository_no_weights_are_fetched(remote, dev, tmp_path, monkeypatch):
+    """Configs, the index of shards, and headers by ranges; a variant counts like any weights."""
+    folder = tmp_path / "copy"
+    shutil.copytree(dev, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    names = list(tensors)
+    file.unlink()
+    weight_map = {}
+    for i, part in enumerate((names[:9], names[9:])):
+        shard = f"diffusion_pytorch_model.fp16-0000{i + 1}-of-00002.safetensors"
+        weight_map |= dict.fromkeys(part, shard)
+        safetensors.numpy.save_file({n: tensors[n] for n in part}, file.with_name(shard))
+    index = file.with_name("diffusion_pytorch_model.safetensors.index.fp16.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    content, sent = remote
+    for path in folder.rglob("*.safetensors"):
+        content[f"/a/b/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    monkeypatch.setattr(module, "open_source", lambda *_, **__: Source(Remote(folder)))
+    monkeypatch.setattr(module, "HEAD_BYTES", 64)
+    portrait = inspect("a/b")
+    assert (portrait.missing, portrait.problems) == ([], [])
+    assert portrait.components["transformer"]["tensors"] == len(tensors)
+    assert sum(sent) < sum(map(len, content.values())) / 5
 
 
 def test_what_is_wrong_with_a_file_on_the_hub(remote):
