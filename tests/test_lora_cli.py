@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from command import SMALL, cli as cli
+from helpers import relative_error
 from lora_files import FORMATS, QKV, Draft, noise
 from PIL import Image
 
 from eqxdiff import lora
 from eqxdiff.checkpoint.example import write_example
+from eqxdiff.pipeline import load as load_model
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,22 @@ def test_extract_finds_what_was_merged(cli, folder, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
     error = cli("lora", "extract", "flux-dev", base, str(out), str(tmp_path / "x.bin")).error
     assert "let its name end in .safetensors" in error
+
+
+def test_lightning_may_be_a_lora_on_the_base_model(tmp_path):
+    """As its authors publish it too, under kohya's names; the preset does the rest."""
+    base = write_example("sdxl", tmp_path / "base", seed=0)
+    unet = load_model("sdxl", str(base)).components["unet"]
+    shape = unet.down_blocks[1].attentions[0].transformer_blocks.attn2.to_k.weight.shape[1:]
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    up, down = noise("up", shape[0], 2), noise("down", 2, shape[1])
+    file = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    file[f"{stem}.alpha"] = np.array(4, np.float32)
+    safetensors.numpy.save_file(file, tmp_path / "sdxl_lightning_4step_lora.safetensors")
+    spec = str(tmp_path / "sdxl_lightning_4step_lora.safetensors")
+    pipe = load_model("sdxl-lightning", str(base), loras=[spec])
+    layer = lambda unet: unet.down_blocks[1].attentions[0].transformer_blocks.attn2.to_k
+    change = layer(pipe.components["unet"]).weight - layer(unet).weight
+    assert relative_error(change[0], 2 * up @ down) < 5e-6
+    settings = pipe.blueprint.resolve({})
+    assert (settings.steps, settings.timestep_spacing) == (4, "trailing")

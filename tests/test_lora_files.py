@@ -2,16 +2,19 @@
 
 import json
 
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import read_manifest
-from lora_files import FORMATS, UNET, Draft, components, flat, noise
+from lora_files import FORMATS, UNET, Draft, components, flat, noise, realized
 from test_layout import wanted
 
 from eqxdiff import lora
 from eqxdiff._errors import CheckpointError, SettingError, SourceError
 from eqxdiff.checkpoint import InMemory
+from eqxdiff.nn import Conv2d, Embedding, LayerNorm, Linear
 
 
 STEM = f"lora_unet_{flat(UNET[0])}"
@@ -223,6 +226,66 @@ def test_a_damaged_file_is_refused_or_read(seed, tmp_path):
         pass
 
 
+ENDINGS = [
+    *(".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".lora_up.bias", ".alpha"),
+    *(".scale", ".dora_scale", ".lora_magnitude_vector", ".diff", ".diff_b", ".set_weight"),
+    *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    *(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2"),
+    *(".reshape_weight", ".w_norm", ".b_norm", ".a1.weight", "", ".lora_A.x.weight"),
+]
+FITTING = [
+    {".lora_down.weight": (2, 2), ".lora_up.weight": (4, 2)},
+    {".hada_w1_a": (4, 2), ".hada_w1_b": (2, 2), ".hada_w2_a": (4, 1), ".hada_w2_b": (1, 2)},
+    {".lokr_w1": (2, 1), ".lokr_w2": (2, 2)},
+    {".diff": (4, 2), ".diff_b": (4,)},
+    {},
+]
+"""For the linear layer of `Small`."""
+
+
+class Small(eqx.Module):
+    """One of each layer."""
+
+    linear: Linear
+    conv: Conv2d
+    norm: LayerNorm
+    table: Embedding
+
+
+@pytest.fixture(scope="module")
+def small():
+    key = jax.random.key(0)
+    return Small(
+        Linear.init(2, 4, key=key),
+        Conv2d.init(2, 4, 2, key=key),
+        LayerNorm.init(4, eps=1e-5),
+        Embedding.init(4, 2, key=key),
+    )
+
+
+def test_tensors_of_any_names_and_shapes_are_refused_or_applied(small):
+    """At random; whatever is wrong with them is told in our own words."""
+    random, applied = np.random.RandomState(0), 0
+    for _ in range(500):
+        layer = random.choice(["linear", "conv", "norm", "table", "lora_unet_linear", "x"])
+        shapes = dict(FITTING[random.randint(len(FITTING))])
+        names = [ENDINGS[i] for i in random.randint(len(ENDINGS), size=random.randint(3))]
+        names += [name for name in shapes if random.rand() < 0.1]
+        for name in names:
+            shapes[name] = tuple(random.choice([1, 2, 2, 4], random.choice([0, 1, 2, 2, 4])))
+        file = {layer + e: np.asarray(noise(e, *map(int, s))) for e, s in shapes.items()}
+        try:
+            adapter = lora.parse_adapter(InMemory(file), name="random")
+            merged = lora.merge(small, adapter, partial=True)
+            at_run_time = realized(lora.apply(small, adapter, partial=True))
+        except (CheckpointError, SettingError):
+            continue
+        applied += 1
+        for one, two in zip(jax.tree.leaves(merged), jax.tree.leaves(at_run_time), strict=True):
+            assert np.allclose(one, two, rtol=1e-4, atol=1e-4), file.keys()
+    assert applied > 50
+
+
 # --- full-size models ---
 
 REAL = {
@@ -256,3 +319,4 @@ def test_every_layer_of_the_real_models_is_found_under_flat_names(model, parts):
     (report,) = lora.fit(skeletons, adapter).reports
     assert dict(report.layers) == parts
     assert len(adapter.patches) * 2 == len(file)
+    assert lora.guess_base(adapter) == {"sd15": "SD 1.5", "sdxl": "SDXL"}.get(model, "FLUX.1")

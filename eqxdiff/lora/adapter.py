@@ -189,9 +189,12 @@ def _patch(
     alpha, factor = alphas.find(module, arrays.get("alpha"), rank)
     if "scale" in arrays and rank is not None:
         factor = float(arrays["scale"].reshape(()))
-    bias = arrays.get("diff_b")
+    biases = [arrays[slot].reshape(-1) for slot in ("diff_b", "up_bias") if slot in arrays]
     if "up_bias" in arrays:
-        bias = arrays["up_bias"] * np.float32(factor) + (0 if bias is None else bias)
+        biases[-1] = biases[-1] * np.float32(factor)
+    if len({each.shape for each in biases}) > 1:
+        raise ValueError(f"biases of {biases[0].shape} and {biases[1].shape}")
+    bias = sum(biases[1:], biases[0]) if biases else None
     magnitude = arrays.get("magnitude", arrays.get("dora_scale"))
     if magnitude is not None and (kind is None or kind.name in ("diff", "set")):
         raise ValueError("magnitudes of a DoRA without its matrices")

@@ -12,9 +12,10 @@ import numpy as np
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths
 from ..checkpoint.plan import Move, Shape, condense
+from ..nn import Conv2d, Linear
 from .adapter import Adapter, Patch
 from .formats import PREFIXES
-from .index import Index, Site, Target, Tensor, find_targets, path_of
+from .index import Index, Site, Target, Tensor, find_targets, follow, path_of
 from .kinds import decompose, magnitude_axis
 
 
@@ -233,8 +234,9 @@ class _Matcher:
     """Finds what patches are for, and refuses two patches of one adapter for the same layer."""
 
     def __init__(self, parts: Sequence[Target], widened: Mapping[str, Mapping[str, int]]):
-        modules = {part.name: widen(part.module, widened.get(part.name, {})) for part in parts}
-        self._indices = {part.name: Index(modules[part.name], part.tables) for part in parts}
+        wide = {part.name: widen(part.module, widened.get(part.name, {})) for part in parts}
+        self._modules = wide
+        self._indices = {part.name: Index(wide[part.name], part.tables) for part in parts}
         self._parts = {part.name: part for part in parts}
         self.hits: dict[str, list[Hit]] = {part.name: [] for part in parts}
 
@@ -248,7 +250,7 @@ class _Matcher:
             component, site = _find(self._indices, patch.module)
             hit, why = None, "is for a module that the model does not have"
             if site is not None:
-                hit, why = _fit_one(slot, patch, site)
+                hit, why = _fit_one(slot, patch, site, self._modules[component])
             if hit is not None:
                 rows = {
                     (component, move.leaf, move.layer, move.low)
@@ -268,13 +270,13 @@ class _Matcher:
             self.hits[component].append(hit)
             kinds[patch.kind_name] += 1
             layouts[hit.site.layout] += 1
-            touched.setdefault(component, set()).update(self._modules(component, hit))
+            touched.setdefault(component, set()).update(self._layers(component, hit))
         layers = {name: len(touched[name]) for name in self._indices if name in touched}
         names = tuple(layout for layout, _ in layouts.most_common())
         report = Report(adapter.name, adapter.format.name, layers, dict(kinds), names, unused)
         return report, [f"{name}.{path}" for name, paths in touched.items() for path in paths]
 
-    def _modules(self, component: str, hit: Hit) -> set[str]:
+    def _layers(self, component: str, hit: Hit) -> set[str]:
         depth = self._parts[component].depth
         moves = [*(hit.weight.moves if hit.weight else ()), *(hit.bias.moves if hit.bias else ())]
         return {layer_path(move, depth(move.leaf)) for move in moves}
@@ -296,7 +298,7 @@ def _same(one: Patch, two: Patch) -> bool:
     )
 
 
-def _fit_one(slot: int, patch: Patch, site: Site) -> tuple[Hit | None, str]:
+def _fit_one(slot: int, patch: Patch, site: Site, module: Any) -> tuple[Hit | None, str]:
     """A hit, or why there is none."""
     weight = bias = None
     if patch.kind is not None:
@@ -312,7 +314,7 @@ def _fit_one(slot: int, patch: Patch, site: Site) -> tuple[Hit | None, str]:
             except ValueError as error:
                 return None, f"has {error}"
     if patch.bias is not None:
-        bias = site.bias or _absent_bias(site.weight)
+        bias = site.bias or _absent_bias(site.weight, module)
         if bias is None:
             return None, "is for a module that cannot have a bias"
         if patch.bias.size != math.prod(bias.shape):
@@ -320,9 +322,12 @@ def _fit_one(slot: int, patch: Patch, site: Site) -> tuple[Hit | None, str]:
     return Hit(slot, patch, site, weight, bias), ""
 
 
-def _absent_bias(weight: Tensor | None) -> Tensor | None:
+def _absent_bias(weight: Tensor | None, module: Any) -> Tensor | None:
     """The bias that a layer without one can be given: its rows are those of the weight."""
-    if weight is None or len(weight.shape) < 2 or any(m.axes is not None for m in weight.moves):
+    if weight is None or any(move.axes is not None for move in weight.moves):
+        return None
+    layers = [follow(module, move.leaf.split(".")[:-1]) for move in weight.moves]
+    if not all(isinstance(layer, Linear | Conv2d) for layer in layers):
         return None
     name = lambda path: f"{path.rpartition('.')[0]}.bias"
     moves = tuple(

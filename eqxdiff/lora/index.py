@@ -185,3 +185,24 @@ def find_targets(model: Any, tables: Sequence[Table] | None = None) -> list[Targ
             names = next((e[2] for e in fits if e[1] == name), fits[0][2])
             parts.append(Target(name, path, node, tuple(map(read_table, names))))
     return parts or [Target("model", (), model, ())]
+
+
+def follow(tree: Any, path: Sequence[Any]) -> Any:
+    """What lies at a path of JAX's keys, or of a dotted path's segments."""
+    for key in path:
+        match key:
+            case jax.tree_util.GetAttrKey(name=name):
+                tree = getattr(tree, name)
+            case jax.tree_util.SequenceKey(idx=index):
+                tree = tree[index]
+            case jax.tree_util.DictKey(key=name):
+                tree = tree[name]
+            case str() if isinstance(tree, tuple | list):
+                tree = tree[int(key)]
+            case str() if isinstance(tree, dict):
+                tree = tree[key]
+            case str():
+                tree = getattr(tree, key)
+            case _:
+                raise TypeError(f"{key!r} is no step of a path")
+    return tree

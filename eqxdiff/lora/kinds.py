@@ -62,7 +62,7 @@ def magnitude_axis(magnitude: Shape, shape: Shape, *, by_rows: bool) -> int:
     size = math.prod(magnitude)
     if by_rows and size == shape[0]:
         return 0
-    if not by_rows and len(magnitude) > 1 and magnitude[0] == 1 and size == shape[1]:
+    if not by_rows and magnitude[:2] == (1, size) and shape[1:2] == (size,):
         return 1
     if not by_rows and magnitude[:1] == (size,) == shape[:1]:
         return 0

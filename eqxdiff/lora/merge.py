@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from ..checkpoint import Table, leaf_paths
 from ..nn import Adapted
 from .adapter import Adapter
 from .fit import Fitted, Hit, fit, layer_path, scatter, widen
-from .index import Target, find_targets
+from .index import Target, find_targets, follow
 
 
 Model = TypeVar("Model")
@@ -79,29 +79,12 @@ def replace_parts(model: Model, parts: Sequence[Target], new: Sequence[Any]) -> 
     return eqx.tree_at(lambda m: [follow(m, list(part.path)) for part in parts], model, list(new))
 
 
-def follow(tree: Any, path: Sequence[Any]) -> Any:
-    """What lies at a path of JAX's keys, or of a dotted path's segments."""
-    for key in path:
-        match key:
-            case jax.tree_util.GetAttrKey(name=name):
-                tree = getattr(tree, name)
-            case jax.tree_util.SequenceKey(idx=index):
-                tree = tree[index]
-            case jax.tree_util.DictKey(key=name):
-                tree = tree[name]
-            case str() if isinstance(tree, tuple | list):
-                tree = tree[int(key)]
-            case str() if isinstance(tree, dict):
-                tree = tree[key]
-            case str():
-                tree = getattr(tree, key)
-            case _:
-                raise TypeError(f"{key!r} is no step of a path")
-    return tree
-
-
 def is_adapted(node: Any) -> bool:
     return isinstance(node, Adapted)
+
+
+def is_array(leaf: Any) -> TypeGuard[jax.Array]:
+    return isinstance(leaf, jax.Array)
 
 
 def check_plain(module: Any, what: str) -> None:
@@ -120,6 +103,11 @@ def _merge_part(part: Target, fitted: Fitted, sign: float) -> Any:
     check_plain(part.module, "Merging")
     module = widen(part.module, fitted.widened.get(part.name, {}))
     leaves = leaf_paths(module)
+    if not all(leaf.is_fully_addressable for leaf in leaves.values() if is_array(leaf)):
+        raise SettingError(
+            f"{part.name} is spread over several processes, where adapters cannot be merged: "
+            "apply them at run time, or merge them first with `eqxdiff lora merge`."
+        )
     hits = sorted(fitted.hits[part.name], key=lambda hit: _first(hit))
     left = Counter(layer for hit in hits for layer in _layers(hit))
     pending: dict[Layer, np.ndarray] = {}

@@ -18,8 +18,8 @@ from ..checkpoint.plan import Move, Shape
 from ..nn import Adapted, Conv2d, Linear
 from .adapter import Adapter
 from .fit import Fitted, Hit, fit, gather, scatter, widen
-from .index import Target, find_targets, path_of
-from .merge import check_plain, follow, is_adapted, replace_parts
+from .index import Target, find_targets, follow, path_of
+from .merge import check_plain, is_adapted, replace_parts
 from .strength import Strength, matches
 
 
