@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from command import cli as cli
 
+from eqxdiff._errors import SourceError
 from eqxdiff.checkpoint import SafetensorsFile, Table, convert, load
 from eqxdiff.checkpoint.convert import open_checkpoint, plan_folder
 
@@ -214,3 +215,14 @@ def test_what_does_not_tell_its_model_is_refused(checkpoint, cli, tmp_path):
     _, folder = checkpoint
     outcome = cli("convert", folder / "all.safetensors", tmp_path / "y")
     assert "does not tell which model it is of: name it with --model" in outcome.error
+
+
+@FLUX
+def test_a_folder_of_someone_else_is_not_removed(checkpoint, tmp_path):
+    model, folder = checkpoint
+    (tmp_path / ".y.part").mkdir()
+    (tmp_path / ".y.part" / "precious").write_text("x")
+    opened = open_checkpoint(str(folder / "base"), model=model)
+    with pytest.raises(SourceError, match="in the way"):
+        convert.write_folder(opened, tmp_path / "y", plan_folder(opened))
+    assert (tmp_path / ".y.part" / "precious").is_file()

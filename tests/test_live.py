@@ -1,5 +1,6 @@
 """The recorded references are what PyTorch computes today, where it is installed."""
 
+import gzip
 import importlib.util
 import json
 import sys
@@ -20,6 +21,7 @@ SCRIPTS = {
     "text": ["clip.npz", "t5.npz"],
     "vae": ["vae.npz"],
 }
+HASHES = {"single_files": "single_files.json", "single_files_sd": "single_files_sd.json.gz"}
 
 
 @pytest.mark.live
@@ -27,6 +29,27 @@ SCRIPTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_recording_again_gives_the_same(script, tmp_path, monkeypatch):
+    record(script, tmp_path, monkeypatch)
+    for name in SCRIPTS[script]:
+        with np.load(tmp_path / "fixtures" / name) as new, np.load(FIXTURES / name) as old:
+            compare(new, old)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", HASHES)
+def test_converters_give_the_same_tensors(script, tmp_path, monkeypatch):
+    """Names, shapes and hashes, and the manifests of full size."""
+    record(script, tmp_path, monkeypatch)
+    read = lambda path: (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    assert read(tmp_path / "fixtures" / HASHES[script]) == read(FIXTURES / HASHES[script])
+    for path in (tmp_path / "manifests").iterdir():
+        assert path.read_text() == (FIXTURES.parent / "manifests" / path.name).read_text()
+
+
+def record(script, tmp_path, monkeypatch):
+    """Runs a script, whose files go to `tmp_path`."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     monkeypatch.syspath_prepend(str(REFERENCE))
@@ -44,16 +67,17 @@ def test_recording_again_gives_the_same(script, tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main()
-    for name in SCRIPTS[script]:
-        with np.load(tmp_path / "fixtures" / name) as new, np.load(FIXTURES / name) as old:
-            assert set(new) == set(old)
-            for key in old:
-                if key.endswith("rounding") or "bfloat16" in key:
-                    continue  # a measure of noise
-                if old[key].dtype.kind in "fc":
-                    scale = np.abs(old[key]).max() + 1e-30
-                    assert np.abs(new[key] - old[key]).max() < 1e-5 * scale, key
-                elif old[key].dtype.kind in "SU":
-                    assert json.dumps(str(new[key])) == json.dumps(str(old[key])), key
-                else:
-                    assert np.abs(np.int64(new[key]) - np.int64(old[key])).max() <= 1, key
+
+
+def compare(new, old):
+    assert set(new) == set(old)
+    for key in old:
+        if key.endswith("rounding") or "bfloat16" in key:
+            continue  # a measure of noise
+        if old[key].dtype.kind in "fc":
+            scale = np.abs(old[key]).max() + 1e-30
+            assert np.abs(new[key] - old[key]).max() < 1e-5 * scale, key
+        elif old[key].dtype.kind in "SU":
+            assert json.dumps(str(new[key])) == json.dumps(str(old[key])), key
+        else:
+            assert np.abs(np.int64(new[key]) - np.int64(old[key])).max() <= 1, key

@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 from command import cli as cli
 
-from eqxdiff._errors import CheckpointError
+from eqxdiff._errors import CheckpointError, SourceError
+from eqxdiff.checkpoint import open_source
 from eqxdiff.checkpoint.flax import open_flax
 from eqxdiff.checkpoint.pickles import open_pickle
 from eqxdiff.checkpoint.weights import open_tensors
@@ -430,8 +431,8 @@ def test_a_flax_folder_is_converted(checkpoint, cli, tmp_path):
             assert got[name].tobytes() == array.tobytes(), name
     index = json.loads((tmp_path / "y" / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
-    refused = cli("generate", model, "--weights", tmp_path / "flax", "--prompt", "x")
-    assert refused.status == 1
+    with pytest.raises(SourceError, match=r"only for Flax .*`eqxdiff convert` makes"):
+        open_source(tmp_path / "flax").tensors("unet")
 
 
 @pytest.mark.parametrize("checkpoint", ["sd15"], indirect=True)

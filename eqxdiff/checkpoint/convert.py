@@ -366,7 +366,9 @@ def write_folder(
     job = hashlib.sha256(f"{checkpoint.fingerprint} {files}".encode()).hexdigest()
     try:
         mark = draft / "job"
-        if draft.exists() and (not mark.is_file() or mark.read_text() != job):
+        if draft.exists() and not mark.is_file():
+            raise SourceError(f"{draft} is in the way and not of an earlier attempt: remove it.")
+        if draft.exists() and mark.read_text() != job:
             shutil.rmtree(draft)
         draft.mkdir(parents=True, exist_ok=True)
         mark.write_text(job)

@@ -404,9 +404,13 @@ class Source:
         if pickles := [name for name in names if name.endswith(PICKLES)]:
             return (
                 f"{where} has its weights only as a pickle ({pickles[0]}), which can run any code "
-                "when it is opened; convert it to safetensors with "
-                "https://huggingface.co/spaces/safetensors/convert, or load it in PyTorch and save "
-                "it with safe_serialization=True."
+                "when it is opened; `eqxdiff convert --pickle` reads its tensors and nothing else, "
+                "or convert it with https://huggingface.co/spaces/safetensors/convert."
+            )
+        if flax := [name for name in names if name.endswith(".msgpack")]:
+            return (
+                f"{where} has its weights only for Flax ({flax[0]}); `eqxdiff convert` makes a "
+                "folder of safetensors of it."
             )
         return f"{where} has no safetensors weights{self._store.hint}."
 
