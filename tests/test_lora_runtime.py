@@ -11,9 +11,9 @@ from test_lora_kinds import KINDS
 
 from eqxdiff import lora
 from eqxdiff._errors import CheckpointError, SettingError
-from eqxdiff.checkpoint import InMemory
+from eqxdiff.checkpoint import InMemory, Table
 from eqxdiff.models.flux1 import Transformer
-from eqxdiff.nn import Adapted, Linear
+from eqxdiff.nn import Adapted, Linear, fold, stack
 
 
 def transformer() -> Transformer:
@@ -140,14 +140,27 @@ def test_an_ensemble_of_adapters_is_one_call():
 
 
 def test_gradients_reach_adapters_and_nothing_else():
-    model = lora.apply(transformer(), adapter())
+    """Through a scan over a stack of layers."""
+    layers = stack(lambda key: Linear.init(8, 8, key=key), 3, key=jax.random.key(0))
+    x = jnp.asarray(noise("x", 8))
+    file = {"lora_A.weight": noise("down", 2, 8), "lora_B.weight": noise("up", 8, 2)}
+    file = {f"blocks.{i}.{name}": array for i in range(3) for name, array in file.items()}
+    table = Table.parse('stack = ["blocks"]', "tower")
+    model = lora.apply(
+        {"blocks": layers}, lora.parse_adapter(InMemory(file), name="x"), tables=[table]
+    )
     own, rest = eqx.partition(model, lora.adapter_leaves(model))
-    grads = jax.jit(jax.grad(lambda own: jnp.mean(call(eqx.combine(own, rest)) ** 2)))(own)
-    layers = dict(lora.adapted_layers(grads))
-    assert len(layers) == 5
-    for node in layers.values():
-        assert jax.tree.leaves(node.inner) == []
-        assert all(jnp.any(leaf != 0) for leaf in (node.up, node.down, node.scale))
+
+    @jax.jit
+    @jax.grad
+    def loss(own):
+        blocks = eqx.combine(own, rest)["blocks"]
+        return jnp.sum(fold(blocks, x, lambda block, x: x + jnp.tanh(block(x))))
+
+    (node,) = [node for _, node in lora.adapted_layers(loss(own))]
+    assert jax.tree.leaves(node.inner) == []
+    assert node.scale.shape == (3, 1)
+    assert all(jnp.any(layer != 0) for x in (node.up, node.down, node.scale) for layer in x)
 
 
 def test_weights_in_bfloat16_are_rounded_once():
@@ -181,10 +194,6 @@ def test_adapters_live_where_their_weights_do():
     applied = lora.apply(model, [adapter(), draft.adapter()])
     spec = model.x_embedder.weight.sharding.spec
     assert tuple(applied.x_embedder.change.sharding.spec) == (None, *spec)
-    result = eqx.filter_jit(call)(applied)
-    assert relative_error(result, call(lora.merge(transformer(), [adapter(), draft.adapter()]))) < (
-        5e-6
-    )
 
 
 def test_any_pytree_can_have_adapters():

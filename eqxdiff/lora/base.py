@@ -15,7 +15,7 @@ BASES: tuple[tuple[str, str, int | None], ...] = (
     ("SDXL", r"(text_encoder_2|te2|clip_g)[._].*self_attn", 1280),
     ("SD 2", r"^(text_encoder|lora_te)[._].*self_attn", 1024),
 )
-"""A model, names of modules that it has, and a width that their weights have."""
+"""A model, names of modules that it has, and how many inputs these have."""
 
 
 def guess_base(adapter: Adapter) -> str:
@@ -23,6 +23,6 @@ def guess_base(adapter: Adapter) -> str:
     for base, pattern, width in BASES:
         for patch in adapter.patches:
             shape = patch.shape or ()
-            if re.search(pattern, patch.module) and (width is None or width in shape[:2]):
+            if re.search(pattern, patch.module) and (width is None or shape[1:2] == (width,)):
                 return base
     return "unknown"
