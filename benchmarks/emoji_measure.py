@@ -9,7 +9,8 @@ a sheet of the first 40 of them, with the seeds 0 to 39.
 
 The background is the mean of a frame of 5 pixels, which no emoji of the set reaches, and counts as
 the nearest of the colours. The emoji is the nearest of the set, drawn from the font on the asked
-colour: the distance is that of the pictures averaged to 16x16 pixels, in CIELAB.
+colour: the distance is that of the pictures averaged to 16x16 pixels, in CIELAB. `control` is the share of
+pictures that count as what the one before was asked for: chance, that is, should be near 0.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import random
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,9 @@ def main() -> None:
         [found == colour for found, (_, colour, _) in zip(nearest, asked, strict=True)]
     )
     rank = np.array(ranks(pictures, asked))
+    # The measure must be able to fail: each picture against what the one before was asked for.
+    others = [(before[0], colour, new) for before, (_, colour, new) in pairwise(asked)]
+    control = float((np.array(ranks(pictures[1:], others)) < 1).mean())
     new = np.array([held_out for *_, held_out in asked])
     print("| captions | | background | emoji, first | emoji, first five |")
     print("|---|---|---|---|---|")
@@ -128,7 +133,7 @@ def main() -> None:
         table[label] = [round(float(value), 4) for value in values]
         cells = " | ".join(f"{100 * value:.1f} %" for value in values)
         print(f"| {label} | {rows.sum()} | {cells} |")
-    print(json.dumps({"table": table, "seconds": round(seconds, 1), **given}))
+    print(json.dumps({"table": table, "control": control, "seconds": round(seconds, 1), **given}))
     if options.sheet is not None:
         sheet(pictures[:SHEET]).resize((1024, 640), Image.Resampling.NEAREST).save(options.sheet)
 

@@ -170,7 +170,7 @@ def open_model(
             choices = ", ".join(map(str, preset.distilled))
             raise SettingError(f"{name} is made for {choices} steps, not for {made_for}.")
     preset = preset.distilled.get(steps or preset.defaults.steps, preset)
-    given = open_weights(weights, preset.repository, revision=revision)
+    given = open_weights(weights, preset.home, revision=revision)
     source = given.source
     specs = {**(preset.parts if weights is None else {}), **parts}
     if unknown := [part for part in specs if part not in family.components]:

@@ -30,8 +30,7 @@ def test_the_python_in_it_runs(tmp_path, monkeypatch):
 def test_every_model_is_in_the_table(name):
     _, preset = find_model(name)
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
-    embedded = Path(preset.repository).is_dir()
-    assert ("the package" if embedded else preset.repository) in row
+    assert preset.repository in row
     assert f"| {preset.defaults.steps} |" in row
     assert f"{preset.defaults.width}x{preset.defaults.height}" in row
 

@@ -150,7 +150,7 @@ def _open_file(
     tensors = dequantised(open_tensors(part.path(), pickle=pickle))
     model = model or _guess(describe(tensors), spec)
     family, preset = find_model(model)
-    source = open_source(configs or preset.repository)
+    source = open_source(configs or preset.home)
     skeletons = {
         name: component.skeleton(_config(family, source, name))
         for name, component in family.components.items()

@@ -60,6 +60,7 @@ class Preset:
     - `defaults`: what it runs with.
     - `parts`: component -> `REPOSITORY:FILE`, for those that are not the repository's own.
     - `controls`: the ControlNets that users call by name, and their repositories.
+    - `embedded`: the folder in this package that has its files, for a model that comes with it.
     - `distilled`: for a model whose weights are made for a number of steps: the steps, and what is
         different for them.
     """
@@ -69,7 +70,13 @@ class Preset:
     defaults: Settings
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     controls: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    embedded: str | None = None
     distilled: Mapping[int, "Preset"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def home(self) -> str:
+        """Where its files are: the folder or the repository."""
+        return self.embedded or self.repository
 
 
 class Guidance(eqx.Module):
