@@ -9,8 +9,8 @@ a sheet of the first 40 of them, with the seeds 0 to 39.
 
 The background is the mean of a frame of 5 pixels, which no emoji of the set reaches, and counts as
 the nearest of the colours. The emoji is the nearest of the set, drawn from the font on the asked
-colour: the distance is that of the pictures averaged to 16x16 pixels, in CIELAB. `control` is the share of
-pictures that count as what the one before was asked for: chance, that is, should be near 0.
+colour: the distance is that of the pictures averaged to 16x16 pixels, in CIELAB. `control` is the
+share of pictures that count as what the one before was asked for: it should be near 0.
 """
 
 import argparse
