@@ -3,8 +3,12 @@ be wrong with its input."""
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +188,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(world, finished, tmp_path):
         stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
         file = f"model/{part}/{stem}.safetensors"
         assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+KILLER = """
+import os, signal, sys
+from eqxdiff.training import read_config, train
+def report(event, facts):
+    if event == "progress" and facts["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+train(read_config(sys.argv[1]), sys.argv[2], report=report)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_outright_leaves_a_run_to_go_on_with(world, finished, tmp_path):
+    """By SIGKILL, which nothing can catch, between the state of step 2 and the end."""
+    command = [sys.executable, "-c", KILLER, str(world / "flux.toml"), str(tmp_path / "run")]
+    cache = jax.config.jax_compilation_cache_dir
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    train(read_config(world / "flux.toml"), tmp_path / "run", resume=True)
+    assert log_of(tmp_path / "run") == log_of(finished[0])
 
 
 def test_only_what_is_selected_moves(world, tmp_path):
