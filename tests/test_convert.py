@@ -13,6 +13,7 @@ from command import cli as cli
 from eqxdiff._errors import SourceError
 from eqxdiff.checkpoint import SafetensorsFile, Table, convert, load
 from eqxdiff.checkpoint.convert import open_checkpoint, plan_folder
+from eqxdiff.checkpoint.example import write_example
 
 
 pytest_plugins = ["whole_files"]
@@ -226,3 +227,11 @@ def test_a_folder_of_someone_else_is_not_removed(checkpoint, tmp_path):
     with pytest.raises(SourceError, match="in the way"):
         convert.write_folder(opened, tmp_path / "y", plan_folder(opened))
     assert (tmp_path / ".y.part" / "precious").is_file()
+
+
+def test_layers_without_an_original_layout_are_not_written(cli, tmp_path):
+    """The tiny UNet has one layer a level where SDXL has two."""
+    write_example("sdxl", tmp_path / "tiny")
+    run = cli("convert", tmp_path / "tiny", tmp_path / "x.safetensors", "--model", "sdxl")
+    assert "there is no layout for those" in run.error
+    assert not (tmp_path / "x.safetensors").exists()

@@ -20,7 +20,7 @@ from .._errors import SettingError, SourceError
 from ..models import AbstractFamily, find_model
 from .export import natural_order
 from .hub import HEAVY, INDEX, PICKLES, Source, open_source
-from .layout import KINDS, Kind, claim, describe, locate
+from .layout import KINDS, Kind, claim, describe, find_pieces, locate
 from .load import Reader, check_copies, leaf_paths
 from .part import is_file, open_part
 from .plan import Move, Plan, compile_plan
@@ -342,6 +342,12 @@ def plan_file(
             table = dataclasses.replace(read_table(table), prefix=prefixes)
             recast = Recast.make(name, opened, table, dtype)
             tensors.update(dict.fromkeys(recast.infos, recast))
+    pieces, rest = find_pieces(tensors)
+    if rest or len(pieces) < (len(components) if only is None else 1):
+        raise SettingError(
+            f"{checkpoint.name} cannot be a single file: it has other layers than "
+            f"{checkpoint.model} has, and there is no layout for those."
+        )
     # wide numbers first, as within a component
     order = sorted(tensors, key=lambda tensor: -tensors[tensor].infos[tensor].dtype.itemsize)
     return [Target(path, {tensor: tensors[tensor] for tensor in order})]
@@ -407,11 +413,13 @@ def _write_all(root: Path, targets: list[Target], progress: Progress | None) -> 
             part = path.with_name(f".{path.name}.part")
             try:
                 with open(part, "wb") as file:
-                    for piece in _pieces(target):
+                    for index, piece in enumerate(_pieces(target)):
                         file.write(piece)
+                        if target.tensors and index == 0:
+                            continue  # the header is not counted
                         done += len(piece)
                         if progress is not None:
-                            progress(target.path, min(done, total), total)
+                            progress(target.path, done, total)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(part, path)
@@ -422,7 +430,7 @@ def _write_all(root: Path, targets: list[Target], progress: Progress | None) -> 
 
 
 def _pieces(target: Target) -> Iterator[bytes | memoryview]:
-    """The bytes of a file."""
+    """The bytes of a file; of tensors, the header first."""
     if not target.tensors:
         yield target.data
         return
