@@ -41,7 +41,8 @@ def models(as_json: Json = False) -> None:
     rows = []
     for name, (_, preset) in presets.items():
         own = preset.defaults
-        guidance = "none" if own.guidance is None else f"{own.guidance:g}"
+        scale = own.guidance if own.cfg is None else own.cfg
+        guidance = "none" if scale is None else f"{scale:g}"
         steps = "/".join(map(str, preset.distilled)) or own.steps
         size = f"{steps} steps, {own.width}x{own.height}, {own.max_sequence_length} tokens"
         rows.append((name, preset.summary, preset.repository, f"{size}, guidance {guidance}"))

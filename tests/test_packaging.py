@@ -23,11 +23,14 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
+PATTERNS = ("*.py", "*.toml", "py.typed", "models/*/README.md", "models/flux1/emoji/**/*.*")
+
+
 def expected() -> set[str]:
     """Each source file and table as it is called once installed."""
     names = set()
     for folder, package in {"eqxdiff": "", "cli": "cli/", "weights_map": "weights_map/"}.items():
-        for pattern in ("*.py", "*.toml", "py.typed", "models/*/README.md"):
+        for pattern in PATTERNS:
             for path in (REPOSITORY / folder).rglob(pattern):
                 relative = path.relative_to(REPOSITORY / folder).as_posix()
                 names.add(f"eqxdiff/{package}{relative}")

@@ -15,5 +15,5 @@ def presets(folder: Path = FOLDER) -> Mapping[str, Preset]:
     if not (folder / "model_index.json").is_file():
         return {}
     settings = Settings(steps=20, height=64, width=64, cfg=3.0, max_sequence_length=20)
-    summary = "FLUX.1 architecture, 6 M, trained from scratch on emoji"
+    summary = "FLUX.1 architecture, 9 M, trained from scratch on emoji"
     return {"flux-emoji": Preset(summary, "the package", settings, embedded=str(folder))}
