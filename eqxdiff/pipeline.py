@@ -200,8 +200,7 @@ def open_model(
                 "as OWNER/NAME, or a folder."
             )
         opened[part] = open_part(preset.controls.get(spec, spec))
-        configs[part] = family.controlnet.parse(opened[part].config() or {})
-        family.check_control(configs, configs[part])
+        configs[part] = family.control_config(configs, opened[part].config())
     tokenizers = {part: Tokenizer.load(source.folder(part)) for part in family.tokenizers}
     for part, encoder in family.tokenizers.items():
         size, known = tokenizers[part].vocab_size, configs[encoder].vocab_size

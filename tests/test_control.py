@@ -160,3 +160,11 @@ def test_a_part_of_another_place_takes_the_place_of_the_models_own(files, tmp_pa
         own = eqxdiff.open_model("sd15", str(tmp_path / "other")).load(["unet"])["unet"]
         assert np.array_equal(unet.conv_in.weight, own.conv_in.weight)
         assert json.dumps(pipe.identity)
+
+
+def test_a_controlnet_without_a_config_is_like_the_unet(files, tmp_path):
+    file = tmp_path / "net.safetensors"
+    file.write_bytes((files / "net" / "diffusion_pytorch_model.safetensors").read_bytes())
+    plan = eqxdiff.open_model("sd15", str(files / "sd15"), controlnets=[str(file)])
+    assert plan.configs["controlnet"].unet == plan.configs["unet"]
+    assert plan.configs["controlnet"].downscale == 8

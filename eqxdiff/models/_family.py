@@ -152,8 +152,15 @@ class AbstractFamily(eqx.Module):
         """Compares the components with each other. **Raises:** `ConfigError`."""
 
     @abstractmethod
-    def check_control(self, configs: Configs, control: Any) -> None:
-        """Compares the config of a ControlNet with the others. **Raises:** `ConfigError`."""
+    def control_config(self, configs: Configs, fields: Mapping[str, Any] | None) -> Any:
+        """The config of a ControlNet for a model of these configs.
+
+        **Arguments:**
+
+        - `fields`: its `config.json`; `None` where a file comes without.
+
+        **Raises:** `ConfigError`, also where it is for another model.
+        """
 
     @abstractmethod
     def resolve(

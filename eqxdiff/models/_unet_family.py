@@ -179,7 +179,12 @@ class AbstractUNetFamily(AbstractFamily):
     def parse_scheduler(self, fields: Mapping[str, Any]) -> DiscreteSchedulerConfig:
         return parse_discrete_config(fields, name="scheduler/scheduler_config.json")
 
-    def check_control(self, configs: Configs, control: ControlNetConfig) -> None:
+    def control_config(
+        self, configs: Configs, fields: Mapping[str, Any] | None
+    ) -> ControlNetConfig:
+        if fields is None:
+            return ControlNetConfig(configs["unet"])
+        control = ControlNetConfig.parse(fields)
         own, other = configs["unet"], control.unet
         for field in dataclasses.fields(own):
             name, wanted = field.name, getattr(own, field.name)
@@ -193,6 +198,7 @@ class AbstractUNetFamily(AbstractFamily):
                 f"The ControlNet does not fit the VAE: it shrinks images by {control.downscale} "
                 f"and not by {configs['vae'].downscale}."
             )
+        return control
 
     def resolve(
         self, given: Mapping[str, Any], model: str, defaults: Settings, configs: Configs

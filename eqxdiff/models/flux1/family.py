@@ -196,7 +196,7 @@ class Flux1(AbstractFamily):
             if value != wanted:
                 raise ConfigError(f"The transformer's {name} {value} is not {other} {wanted}.")
 
-    def check_control(self, configs: Configs, control: Any) -> None:
+    def control_config(self, configs: Configs, fields: Mapping[str, Any] | None) -> Any:
         raise ConfigError("There are no ControlNets for FLUX.1 yet.")
 
     def resolve(
