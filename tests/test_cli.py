@@ -309,7 +309,7 @@ def test_the_package_exports_what_its_type_checker_sees():
     names = {
         (node.module, alias.asname)
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
         for alias in node.names
     }
     homes = {(home, name) for home, names in eqxdiff._HOMES.items() for name in names}
