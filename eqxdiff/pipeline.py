@@ -30,7 +30,15 @@ from .models import (
     control_names,
     find_model,
 )
-from .sampling import AbstractParameterization, AbstractSolver, Schedule, start, step
+from .sampling import (
+    AbstractParameterization,
+    AbstractSolver,
+    Interval,
+    Schedule,
+    State,
+    start,
+    step,
+)
 from .sharding import BATCH_AXES, parameter_sharding, shard_batch
 from .text import Tokenized, Tokenizer
 from .vae import AutoencoderKL, decode_tiled
@@ -413,24 +421,9 @@ class ControlImage:
         if not (np.isfinite(pixels).all() and 0 <= pixels.min() and pixels.max() <= 1):
             raise SettingError("The pixels of a control image are not from 0 to 1.")
         check_range("control_scale", self.scale, 0)
-        steps = schedule.steps
-        acts = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.end]
-        if not acts:
-            raise SettingError(
-                f"A control image that acts from {self.start:g} to {self.end:g} of the way acts on "
-                f"none of {steps} steps."
-            )
-        times = np.asarray(schedule.timestep)
-        first = np.inf if acts[0] == 0 else times[acts[0]]
-        last = -1.0 if acts[-1] == steps - 1 else times[acts[-1] + 1]
-        scalar = lambda value: jnp.asarray(value, jnp.float32)
-        return Control(
-            jnp.asarray(pixels, jnp.float32),
-            scalar(self.scale),
-            scalar(first),
-            scalar(last),
-            self.guess,
-        )
+        acts = Interval.over(schedule, self.start, self.end, name="A control image")
+        scale = jnp.asarray(self.scale, jnp.float32)
+        return Control(jnp.asarray(pixels, jnp.float32), scale, acts.first, acts.last, self.guess)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -662,7 +655,7 @@ def _encode(
 def _start(sampler: Sampler, x: Float[Array, "n h w c"]) -> tuple[Array, PyTree]:
     def one(x):
         x = start(x, sampler.schedule)
-        return x, sampler.solver.init(x, sampler.schedule)
+        return x, State(sampler.solver.init(x, sampler.schedule), None)
 
     return jax.vmap(one)(x)
 
@@ -681,7 +674,8 @@ def _step(fixed: PyTree, x: Float[Array, "n h w c"], state: PyTree) -> tuple[Arr
             sampler.parameterization,
             sampler.dtype,
         )
-        return step(denoiser, x, state, sampler.schedule, index, sampler.solver, key)
+        x, _, state = step(denoiser, x, state, sampler.schedule, index, sampler.solver, key)
+        return x, state
 
     return _batched(one, sampler.mesh)(x, state, conditional, keys)
 

@@ -11,9 +11,10 @@ from eqxdiff.sampling import (
     Conditioned,
     Denoiser,
     Flow,
+    Guided,
     classifier_free,
     flow_schedule,
-    stack_conditioning,
+    stack_conditions,
 )
 
 
@@ -37,15 +38,17 @@ ROW = flow_schedule(4)[1]
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_guidance_extrapolates_from_the_unconditional_to_the_conditional(sequential):
-    conditioning = stack_conditioning(WANTED, UNWANTED)
-    guided = ClassifierFree(NETWORK, conditioning, jnp.asarray(3.0), sequential=sequential)
+    conditioning = stack_conditions(WANTED, UNWANTED)
+    guider = ClassifierFree(jnp.asarray(3.0), sequential=sequential)
+    guided = Guided(NETWORK, conditioning, guider)
     c, u = (Conditioned(NETWORK, both)(noise(), ROW) for both in (WANTED, UNWANTED))
     np.testing.assert_allclose(guided(noise(), ROW), u + 3 * (c - u), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "which"), [(1.0, WANTED), (0.0, UNWANTED)])
 def test_scale_one_is_the_conditional_and_zero_the_unconditional(scale, which):
-    guided = ClassifierFree(NETWORK, stack_conditioning(WANTED, UNWANTED), jnp.asarray(scale))
+    guider = ClassifierFree(jnp.asarray(scale))
+    guided = Guided(NETWORK, stack_conditions(WANTED, UNWANTED), guider)
     alone = Conditioned(NETWORK, which)(noise(), ROW)
     np.testing.assert_allclose(guided(noise(), ROW), alone, rtol=1e-5, atol=1e-6)
 

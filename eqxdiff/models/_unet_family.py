@@ -18,6 +18,7 @@ from ..sampling import (
     Conditioned,
     Denoiser,
     DiscreteSchedulerConfig,
+    Guided,
     Row,
     Sampler,
     Schedule,
@@ -26,7 +27,7 @@ from ..sampling import (
     find_sampler,
     parameterization_of,
     parse_discrete_config,
-    stack_conditioning,
+    stack_conditions,
 )
 from ._controlnet import ControlNet, ControlNetConfig, sum_residuals
 from ._family import (
@@ -278,10 +279,11 @@ class AbstractUNetFamily(AbstractFamily):
         )
         if unconditional is None or guidance.classifier_free is None:
             return Denoiser(Conditioned(network, conditional), parameterization)
-        both = stack_conditioning(conditional, unconditional)
-        scales = guidance.classifier_free, guidance.rescale
-        predict = ClassifierFree(network, both, *scales, guidance.sequential)
-        return Denoiser(predict, parameterization)
+        both = stack_conditions(conditional, unconditional)
+        guider = ClassifierFree(
+            guidance.classifier_free, guidance.rescale, sequential=guidance.sequential
+        )
+        return Denoiser(Guided(network, both, guider), parameterization)
 
     def _guides(self, configs: Configs, settings: Settings) -> bool:
         embeds = configs["unet"].time_cond_proj_dim is not None

@@ -294,7 +294,7 @@ PROGRAMS = [
     Mutation(
         "guidance the other way",
         "latents sd2-ddim",
-        "sampling.guidance:stack_conditioning",
+        "sampling.guidance:stack_conditions",
         "jnp.stack([a, b])",
         "jnp.stack([b, a])",
     ),

@@ -17,12 +17,13 @@ from ...sampling import (
     Denoiser,
     Flow,
     FlowSchedulerConfig,
+    Guided,
     Row,
     Schedule,
     find_sampler,
     flow_sigmas,
     parse_flow_config,
-    stack_conditioning,
+    stack_conditions,
 )
 from ...text import (
     CLIPTextConfig,
@@ -305,10 +306,11 @@ class Flux1(AbstractFamily):
         network = Network(modules["transformer"], guidance.embedded, dtype)
         if unconditional is None or guidance.classifier_free is None:
             return Denoiser(Conditioned(network, conditional), parameterization)
-        both = stack_conditioning(conditional, unconditional)
-        scales = guidance.classifier_free, guidance.rescale
-        predict = ClassifierFree(network, both, *scales, guidance.sequential)
-        return Denoiser(predict, parameterization)
+        both = stack_conditions(conditional, unconditional)
+        guider = ClassifierFree(
+            guidance.classifier_free, guidance.rescale, sequential=guidance.sequential
+        )
+        return Denoiser(Guided(network, both, guider), parameterization)
 
     def decode_dtype(self, configs: Configs, dtype: DTypeLike) -> DTypeLike:
         return dtype

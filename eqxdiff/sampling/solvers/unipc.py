@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, before, log_ratio, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, before, log_ratio, transfer
 from .dpmpp_2m import extrapolate
 
 
@@ -28,12 +28,12 @@ class UniPC(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: tuple[X, X, X],
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, tuple[X, X, X]]:
-        x0 = denoise(x, schedule[index])
         past_x, past_x0, older_x0 = state
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         past, older = (before(schedule, index, k).astype(x.dtype) for k in (1, 2))
