@@ -26,9 +26,9 @@ import ml_dtypes
 import numpy as np
 
 from eqxdiff.checkpoint import Table, export_infos, load_module
-from eqxdiff.checkpoint.safetensors import SafetensorsFile
 from eqxdiff.checkpoint.save import write_tensors
 from eqxdiff.nn import MLP, Linear, gelu_tanh, stack
+from eqxdiff.tensors import SafetensorsFile
 
 
 DIM = 2048

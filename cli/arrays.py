@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from eqxdiff import CheckpointError, SettingError, SourceError
-from eqxdiff.checkpoint import SafetensorsFile
+from eqxdiff.tensors import SafetensorsFile
 
 
 SUFFIXES = (".npy", ".safetensors")

@@ -53,7 +53,13 @@ def convert(
     the command is run again.
     """
     from eqxdiff import SettingError
-    from eqxdiff.checkpoint import convert as to_layout
+    from eqxdiff.convert import (
+        open_checkpoint,
+        plan_file,
+        plan_folder,
+        write_file,
+        write_folder,
+    )
 
     single = target.suffix == ".safetensors" if to is None else to == "single-file"
     if only is not None and not single:
@@ -62,19 +68,19 @@ def convert(
         raise SettingError(f"{target} exists already: name what does not.")
     report = JsonReport(quiet) if as_json else TextReport(quiet)
     with libraries_tell(report):
-        checkpoint = to_layout.open_checkpoint(
+        checkpoint = open_checkpoint(
             source, model=model, configs=configs, revision=revision, pickle=pickle
         )
         if complete:
             checkpoint = checkpoint.completed()
         if single:
-            targets = to_layout.plan_file(checkpoint, target.name, dtype, only)
+            targets = plan_file(checkpoint, target.name, dtype, only)
         else:
-            targets = to_layout.plan_folder(checkpoint, dtype)
+            targets = plan_folder(checkpoint, dtype)
         for text in notes(checkpoint, model):
             report.note("note", text)
         if not dry_run:
-            write = to_layout.write_file if single else to_layout.write_folder
+            write = write_file if single else write_folder
             what = f"writing {target.name}"
             progress = lambda file, done, total: report.progress(what, done, total)
             write(checkpoint, target, targets, progress)

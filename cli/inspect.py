@@ -10,7 +10,7 @@ from .tables import table
 
 
 if TYPE_CHECKING:
-    from eqxdiff.checkpoint.inspect import Portrait
+    from eqxdiff.convert.inspect import Portrait
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Tells what a checkpoint holds, by its headers: of files on the Hub only these are fetched."""
-    from eqxdiff.checkpoint.inspect import inspect as look
+    from eqxdiff.convert.inspect import inspect as look
 
     portrait = look(source, revision=revision, pickle=pickle)
     print(json.dumps(dataclasses.asdict(portrait)) if as_json else describe(portrait))

@@ -13,7 +13,7 @@ def random(
     seed: Annotated[int, Option(help="Of the weights.")] = 0,
 ) -> None:
     """Writes a tiny model of random weights, whose pictures are noise."""
-    from eqxdiff.checkpoint.example import write_example
+    from eqxdiff.convert.example import write_example
     from eqxdiff.models import check_range
 
     check_range("seed", seed, 0, 2**32 - 1)

@@ -17,7 +17,9 @@ from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
-from .checkpoint import Part, Source, load_module, locate, open_part, open_weights
+from .checkpoint import load_module
+from .convert.recognise import claim_parts, locate, scheduler_fields
+from .hub import Part, Source, open_part, open_weights
 from .lora import Adapter, Fitted, apply_fitted, fit, load as load_adapter, merge_fitted
 from .models import (
     AbstractFamily,
@@ -187,13 +189,13 @@ def open_model(
     opened = {part: open_part(spec) for part, spec in specs.items()}
     configs = {
         "pipeline": family.parse_index(source.read_json("model_index.json")),
-        "scheduler": family.parse_scheduler(given.scheduler()),
+        "scheduler": family.parse_scheduler(scheduler_fields(given)),
     }
     for part, component in family.components.items():
         fields = opened[part].config() if part in opened else None
         configs[part] = component.parse(fields or source.read_json(f"{part}/config.json"))
     family.check(configs)
-    opened = {**given.parts(family.components, configs), **opened}
+    opened = {**claim_parts(given, family.components, configs), **opened}
     note = given.note(family.components, opened)
     components = dict(family.components)
     if controlnets and family.controlnet is None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqxdiff.checkpoint.example import write_example
+from eqxdiff.convert.example import write_example
 
 
 SMALL = ("--width", "64", "--height", "64", "--steps", "2")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import fake_tensor
 
-from eqxdiff.checkpoint import InMemory, export_tensors, read_table
+from eqxdiff.checkpoint import export_tensors, read_table
 from eqxdiff.checkpoint.load import dotted
 from eqxdiff.lora import Adapter, parse_adapter
 from eqxdiff.models import find_model
 from eqxdiff.nn import Adapted
+from eqxdiff.tensors import InMemory
 
 
 DEEPER = {"layers_per_block": 2, "transformer_layers_per_block": [1, 2, 2]}

@@ -15,10 +15,9 @@ import safetensors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import InMemory, Table, export_tensors, load, load_module, save_module
-from eqxdiff.checkpoint.safetensors import SafetensorsFile
-from eqxdiff.checkpoint.source import AbstractTensorSource
+from eqxdiff.checkpoint import Table, export_tensors, load, load_module, save_module
 from eqxdiff.nn import Linear, stack
+from eqxdiff.tensors import AbstractTensorSource, InMemory, SafetensorsFile
 
 
 TABLE = Table.parse("""

@@ -11,8 +11,8 @@ from PIL import Image
 from sd_files import picture, write_controlnet
 
 import eqxdiff
-from eqxdiff.checkpoint.example import write_example
 from eqxdiff.control import canny, shows_edges
+from eqxdiff.convert.example import write_example
 
 
 SIZE = ("--width", "64", "--height", "64", "--steps", "2", "--seed", "1")

@@ -25,11 +25,12 @@ from test_unet import (
 )
 
 from eqxdiff._errors import ConfigError
-from eqxdiff.checkpoint import InMemory, check, export_infos, leaf_paths, load_module, read_table
+from eqxdiff.checkpoint import check, export_infos, leaf_paths, load_module, read_table
 from eqxdiff.models import _controlnet
 from eqxdiff.models._controlnet import ControlNet, ControlNetConfig
 from eqxdiff.models._unet_rules import CONTROLNET
 from eqxdiff.sharding import logical_axes
+from eqxdiff.tensors import InMemory
 
 
 KINDS = ("sd1", "sd2", "sdxl")

@@ -11,9 +11,11 @@ import safetensors.numpy
 from command import cli as cli
 
 from eqxdiff._errors import SourceError
-from eqxdiff.checkpoint import SafetensorsFile, Table, convert, load
-from eqxdiff.checkpoint.convert import open_checkpoint, plan_folder
-from eqxdiff.checkpoint.example import write_example
+from eqxdiff.checkpoint import Table, load
+from eqxdiff.convert import open_checkpoint, plan_folder, recast, write, write_folder
+from eqxdiff.convert.example import write_example
+from eqxdiff.convert.open import Opened
+from eqxdiff.tensors import SafetensorsFile
 
 
 pytest_plugins = ["whole_files"]
@@ -128,12 +130,12 @@ def test_an_interrupted_conversion_is_gone_on_with(checkpoint, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert.write_folder(opened, tmp_path / "y", targets, stop)
+        write_folder(opened, tmp_path / "y", targets, stop)
     assert [path.name for path in tmp_path.iterdir()] == [".y.part"]
     assert (tmp_path / ".y.part" / first).is_file()
     assert not (tmp_path / ".y.part" / second).exists()
     seen = []
-    convert.write_folder(opened, tmp_path / "y", targets, lambda file, *_: seen.append(file))
+    write_folder(opened, tmp_path / "y", targets, lambda file, *_: seen.append(file))
     assert first not in seen
     assert weights(tmp_path / "y") == weights(folder / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["y"]
@@ -149,16 +151,16 @@ def test_another_conversion_does_not_go_on_with_it(checkpoint, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert.write_folder(opened, tmp_path / "y", plan_folder(opened, np.float16), stop)
+        write_folder(opened, tmp_path / "y", plan_folder(opened, np.float16), stop)
     (tmp_path / ".y.part" / "odd").write_text("")
-    convert.write_folder(opened, tmp_path / "y", plan_folder(opened))
+    write_folder(opened, tmp_path / "y", plan_folder(opened))
     assert weights(tmp_path / "y") == weights(folder / "base")
     assert not (tmp_path / "y" / "odd").exists()
 
 
 def test_only_pieces_are_in_memory(tmp_path, monkeypatch):
     """Much less than the largest tensor, fused or stacked."""
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(recast, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(load, "CHUNK_BYTES", 1 << 16)
     fused = Table.parse('stack = ["c"]\n[split]\n"ab" = ["a", "b"]')
     table = Table.parse('prefix = ["x"]\nstack = ["c"]')
@@ -168,12 +170,12 @@ def test_only_pieces_are_in_memory(tmp_path, monkeypatch):
     safetensors.numpy.save_file(arrays, tmp_path / "in.safetensors")
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
     skeleton = {"a": leaf(1536, 512), "b": leaf(512, 512), "c": {"w": leaf(2, 512, 512)}}
-    opened = convert.Opened(SafetensorsFile(tmp_path / "in.safetensors"), fused, skeleton)
-    recast = convert.Recast.make("net", opened, table, None)
-    target = convert.Target("out.safetensors", dict.fromkeys(recast.infos, recast))
+    opened = Opened(SafetensorsFile(tmp_path / "in.safetensors"), fused, skeleton)
+    part = recast.Recast.make("net", opened, table, None)
+    target = write.OutputFile("out.safetensors", dict.fromkeys(part.infos, part))
     tracemalloc.start()
     with open(tmp_path / "out.safetensors", "wb") as out:
-        for piece in convert._pieces(target):
+        for piece in write._pieces(target):
             out.write(piece)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -225,7 +227,7 @@ def test_a_folder_of_someone_else_is_not_removed(checkpoint, tmp_path):
     (tmp_path / ".y.part" / "precious").write_text("x")
     opened = open_checkpoint(str(folder / "base"), model=model)
     with pytest.raises(SourceError, match="in the way"):
-        convert.write_folder(opened, tmp_path / "y", plan_folder(opened))
+        write_folder(opened, tmp_path / "y", plan_folder(opened))
     assert (tmp_path / ".y.part" / "precious").is_file()
 
 

@@ -9,7 +9,7 @@ import pytest
 from command import cli as cli
 
 import eqxdiff
-from eqxdiff.checkpoint.example import write_example
+from eqxdiff.convert.example import write_example
 from eqxdiff.models.flux1 import Flux1, embedded
 
 

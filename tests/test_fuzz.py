@@ -11,7 +11,8 @@ import pytest
 
 from eqxdiff._errors import CheckpointError
 from eqxdiff.checkpoint import Table, load_module
-from eqxdiff.checkpoint.safetensors import SafetensorsFile, read_index
+from eqxdiff.tensors import SafetensorsFile
+from eqxdiff.tensors.safetensors import read_index
 
 
 TABLE = Table.parse("""

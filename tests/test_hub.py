@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from eqxdiff._errors import CheckpointError, ConfigError, SourceError
-from eqxdiff.checkpoint import open_source
+from eqxdiff.hub import open_source
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -280,7 +280,7 @@ SCRIPT = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the library waits between its attempts to connect
 from eqxdiff._errors import SourceError
-from eqxdiff.checkpoint import open_source
+from eqxdiff.hub import open_source
 
 for name, options in json.loads(sys.argv[1]):
     try:

@@ -14,9 +14,9 @@ from command import cli as cli, dev as dev
 from helpers import read_manifest
 
 from eqxdiff._errors import CheckpointError, SourceError
-from eqxdiff.checkpoint import inspect as module
-from eqxdiff.checkpoint.hub import Folder, Source
-from eqxdiff.checkpoint.inspect import inspect, remote_header
+from eqxdiff.convert import inspect as module
+from eqxdiff.convert.inspect import inspect, remote_header
+from eqxdiff.hub.source import Folder, Source
 
 
 pytest_plugins = ["whole_files"]

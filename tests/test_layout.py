@@ -12,10 +12,10 @@ from test_single_files_sd import VAE, WIDTHS, clip_config, unet_config
 
 from eqxdiff._errors import CheckpointError
 from eqxdiff.checkpoint import Table, load_module
-from eqxdiff.checkpoint.layout import claim, describe, find_pieces, locate
-from eqxdiff.checkpoint.source import AbstractTensorSource, InMemory, TensorInfo
+from eqxdiff.convert.recognise import claim, describe, find_pieces, locate
 from eqxdiff.models import find_model
 from eqxdiff.models.flux1 import TransformerConfig
+from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo
 from eqxdiff.text import CLIPTextConfig, T5Config
 from eqxdiff.vae import AutoencoderKLConfig
 

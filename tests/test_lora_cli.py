@@ -12,7 +12,7 @@ from lora_files import FORMATS, QKV, Draft, noise
 from PIL import Image
 
 from eqxdiff import lora
-from eqxdiff.checkpoint.example import write_example
+from eqxdiff.convert.example import write_example
 from eqxdiff.pipeline import load as load_model
 
 

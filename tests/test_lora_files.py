@@ -13,8 +13,8 @@ from test_layout import wanted
 
 from eqxdiff import lora
 from eqxdiff._errors import CheckpointError, SettingError, SourceError
-from eqxdiff.checkpoint import InMemory
 from eqxdiff.nn import Conv2d, Embedding, LayerNorm, Linear
+from eqxdiff.tensors import InMemory
 
 
 STEM = f"lora_unet_{flat(UNET[0])}"

@@ -11,9 +11,10 @@ from test_lora_kinds import KINDS
 
 from eqxdiff import lora
 from eqxdiff._errors import CheckpointError, SettingError
-from eqxdiff.checkpoint import InMemory, Table
+from eqxdiff.checkpoint import Table
 from eqxdiff.models.flux1 import Transformer
 from eqxdiff.nn import Adapted, Linear, fold, stack
+from eqxdiff.tensors import InMemory
 
 
 def transformer() -> Transformer:

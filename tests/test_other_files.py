@@ -17,10 +17,10 @@ import safetensors.numpy
 from command import cli as cli
 
 from eqxdiff._errors import CheckpointError, SourceError
-from eqxdiff.checkpoint import open_source
-from eqxdiff.checkpoint.flax import open_flax
-from eqxdiff.checkpoint.pickles import open_pickle
-from eqxdiff.checkpoint.weights import open_tensors
+from eqxdiff.hub import open_source
+from eqxdiff.tensors import open_tensors
+from eqxdiff.tensors.flax import open_flax
+from eqxdiff.tensors.pickles import open_pickle
 
 
 pytest_plugins = ["whole_files"]

@@ -10,15 +10,9 @@ import pytest
 import safetensors.numpy
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint.raw import SHORT_RUN_BYTES
-from eqxdiff.checkpoint.safetensors import (
-    DTYPES,
-    MergedSource,
-    SafetensorsFile,
-    merge_shards,
-    parse_header,
-    read_index,
-)
+from eqxdiff.tensors import SafetensorsFile
+from eqxdiff.tensors.raw import SHORT_RUN_BYTES
+from eqxdiff.tensors.safetensors import DTYPES, MergedSource, merge_shards, parse_header, read_index
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):

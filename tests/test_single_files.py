@@ -12,8 +12,9 @@ import pytest
 from helpers import FIXTURES, fake_tensor, read_manifest
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import InMemory, Table, check, export_tensors, load_module, read_table
+from eqxdiff.checkpoint import Table, check, export_tensors, load_module, read_table
 from eqxdiff.models.flux1 import Transformer, TransformerConfig
+from eqxdiff.tensors import InMemory
 from eqxdiff.vae import AutoencoderKL, AutoencoderKLConfig
 
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from eqxdiff._errors import CheckpointError, SourceError
-from eqxdiff.checkpoint import part
+from eqxdiff.hub import part
 from eqxdiff.pipeline import open_model
 
 

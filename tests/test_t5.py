@@ -11,7 +11,8 @@ from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 from jax.flatten_util import ravel_pytree
 
 from eqxdiff._errors import CheckpointError, ConfigError
-from eqxdiff.checkpoint import InMemory, check, export_infos, load_module, read_table
+from eqxdiff.checkpoint import check, export_infos, load_module, read_table
+from eqxdiff.tensors import InMemory
 from eqxdiff.text import T5Config, T5Encoder
 from eqxdiff.text.t5 import relative_buckets
 

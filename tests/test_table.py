@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import (
-    InMemory,
-    Table,
-    check,
-    export_infos,
-    export_tensors,
-    load_module,
-    read_table,
-)
+from eqxdiff.checkpoint import Table, check, export_infos, export_tensors, load_module, read_table
+from eqxdiff.tensors import InMemory
 
 
 def skeleton(**shapes):

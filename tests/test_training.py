@@ -9,12 +9,13 @@ import pytest
 from helpers import FIXTURES, count_compilations, fake_tensor, relative_error
 from optax.contrib import MuonDimensionNumbers
 
-from eqxdiff.checkpoint import InMemory, export_infos, export_tensors, load_module, read_table
+from eqxdiff.checkpoint import export_infos, export_tensors, load_module, read_table
 from eqxdiff.models.flux1 import Conditioning, Transformer, TransformerConfig
 from eqxdiff.models.flux1.family import Network
 from eqxdiff.nn import Linear
 from eqxdiff.sampling import X0, Conditioned, Denoiser, Epsilon, Flow, Row, VPrediction
 from eqxdiff.sampling.discrete import DiscreteSchedulerConfig, alphas_cumprod
+from eqxdiff.tensors import InMemory
 from eqxdiff.training import (
     Discrete,
     LogitNormal,

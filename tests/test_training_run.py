@@ -28,7 +28,7 @@ from eqxdiff._errors import (
     TrainingError,
 )
 from eqxdiff.checkpoint import read_table, save_module
-from eqxdiff.checkpoint.example import randomised
+from eqxdiff.convert.example import randomised
 from eqxdiff.models import find_model
 from eqxdiff.training import TrainConfig, read_config, read_folder, saved_states, train
 from eqxdiff.training.data import batch_of, dropped, pick, read_image

@@ -15,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 
 from eqxdiff._errors import CheckpointError, ConfigError
 from eqxdiff.checkpoint import (
-    InMemory,
     check,
     export_infos,
     export_tensors,
@@ -24,6 +23,7 @@ from eqxdiff.checkpoint import (
     read_table,
 )
 from eqxdiff.nn import Conv2d, GroupNorm
+from eqxdiff.tensors import InMemory
 from eqxdiff.vae import AutoencoderKL, AutoencoderKLConfig, decode_tiled, encode_tiled
 
 

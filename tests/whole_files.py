@@ -7,16 +7,12 @@ import pytest
 import safetensors.numpy
 from helpers import write_checkpoint
 
-from eqxdiff.checkpoint import (
-    SafetensorsFile,
-    convert,
-    export_tensors,
-    load_module,
-    part,
-    read_table,
-)
-from eqxdiff.checkpoint.layout import FLUX_DEV, SD1, SD2, SDXL
+from eqxdiff.checkpoint import export_tensors, load_module, read_table
+from eqxdiff.convert import open as opening
+from eqxdiff.convert.recognise import FLUX_DEV, SD1, SD2, SDXL
+from eqxdiff.hub import part
 from eqxdiff.models import find_model
+from eqxdiff.tensors import SafetensorsFile
 
 
 KINDS = {"sd15": SD1, "sd21": SD2, "sdxl": SDXL, "flux-dev": FLUX_DEV}
@@ -78,4 +74,4 @@ def hub(monkeypatch, checkpoint):
     open_source = part.open_source
     stand_in = lambda name, **more: open_source(folder / "base" if name.count("/") == 1 else name)
     monkeypatch.setattr(part, "open_source", stand_in)
-    monkeypatch.setattr(convert, "open_source", stand_in)
+    monkeypatch.setattr(opening, "open_source", stand_in)

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..tensors.source import TensorInfo
 from .load import leaf_paths
 from .plan import Move, Shape, compile_plan
-from .source import TensorInfo
 from .table import Table
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from .._errors import CheckpointError
+from ..tensors.source import AbstractTensorSource, Box
 from .plan import Move, Plan, Shape, compile_plan
-from .source import AbstractTensorSource, Index
 from .table import Table
 
 
@@ -180,7 +180,7 @@ def _load_leaf(
     sharding = place(leaf, shape)
     if sharding is None:
         return put(reader.fill(plan, leaf, tuple((0, size) for size in shape), dtype), None)
-    boxes: dict[Index, list[Any]] = {}
+    boxes: dict[Box, list[Any]] = {}
     for device, slices in sharding.addressable_devices_indices_map(shape).items():
         index = tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
         boxes.setdefault(index, []).append(device)
@@ -235,7 +235,7 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def fill(self, plan: Plan, leaf: str, index: Index, dtype: np.dtype) -> np.ndarray:
+    def fill(self, plan: Plan, leaf: str, index: Box, dtype: np.dtype) -> np.ndarray:
         """The box `index` of a leaf."""
         buffer = aligned_empty(tuple(stop - start for start, stop in index), dtype)
         for layer, value in plan.fills.get(leaf, ()):
@@ -254,7 +254,7 @@ class Reader:
             self._advance(filled)
         return buffer
 
-    def _tasks(self, move: Move, out: np.ndarray, box: Index) -> list[Callable[[], int]]:
+    def _tasks(self, move: Move, out: np.ndarray, box: Box) -> list[Callable[[], int]]:
         """Work that fills `out` with a box of what a move yields, in coordinates of its `ours`.
 
         Each task returns how many bytes it has filled.
@@ -274,7 +274,7 @@ class Reader:
 
         return [reshaped]
 
-    def _pieces(self, move: Move, out: np.ndarray, box: Index) -> list[tuple[np.ndarray, Index]]:
+    def _pieces(self, move: Move, out: np.ndarray, box: Box) -> list[tuple[np.ndarray, Box]]:
         """Cuts a box of a move's rows into pieces of the tensor that are about a chunk long."""
         if not box:
             return [(out, box)]
@@ -287,7 +287,7 @@ class Reader:
             for a in range(low, high, step)
         ]
 
-    def _piece(self, move: Move, out: np.ndarray, index: Index) -> int:
+    def _piece(self, move: Move, out: np.ndarray, index: Box) -> int:
         dtype = self._tensors[move.tensor].dtype
         in_place = dtype == out.dtype and move.scale is None and out.flags.c_contiguous
         piece = out if in_place else self._scratch_like(out, dtype)
@@ -316,7 +316,7 @@ class Reader:
         return scratch[:nbytes].view(dtype).reshape(out.shape)
 
 
-def _layer(buffer: np.ndarray, layer: int | None, index: Index) -> tuple[np.ndarray, Index]:
+def _layer(buffer: np.ndarray, layer: int | None, index: Box) -> tuple[np.ndarray, Box]:
     """The part of a leaf's box that belongs to a layer, and that part's bounds in the layer."""
     if layer is None:
         return buffer, index
@@ -326,7 +326,7 @@ def _layer(buffer: np.ndarray, layer: int | None, index: Index) -> tuple[np.ndar
     return buffer[layer - start], index[1:]
 
 
-def _overlap(move: Move, target: np.ndarray, box: Index) -> tuple[np.ndarray, Index] | None:
+def _overlap(move: Move, target: np.ndarray, box: Box) -> tuple[np.ndarray, Box] | None:
     """What a move gives to `target`, the box of a layer: where it goes, and bounds in `ours`."""
     if not box:
         return target, box

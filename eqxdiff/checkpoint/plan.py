@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from .._errors import CheckpointError
-from .source import show
+from ..tensors.source import show
 from .table import Table, Use
 
 

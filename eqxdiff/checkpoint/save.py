@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .._errors import CheckpointError
+from ..tensors.safetensors import DTYPES
+from ..tensors.source import TensorInfo
 from .export import export_infos, export_tensors
-from .safetensors import DTYPES
-from .source import TensorInfo
 from .table import Table
 
 

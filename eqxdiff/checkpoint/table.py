@@ -97,7 +97,7 @@ class Pattern:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Share:
     """One of the leaves that a tensor is split into: part `index` of `count` equal ones."""
 
     pattern: Pattern
@@ -105,7 +105,7 @@ class Part:
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "Share":
         match = re.fullmatch(r"(.+?)(?:\[(\d+)/(\d+)\])?", text)
         if match is None:
             raise ValueError(f"{text!r} is no pattern")
@@ -140,7 +140,7 @@ class Table:
     stack: tuple[Pattern, ...] = ()
     drop: tuple[Pattern, ...] = ()
     rename: tuple[tuple[Pattern, tuple[Pattern, ...]], ...] = ()
-    split: tuple[tuple[Pattern, tuple[Part, ...]], ...] = ()
+    split: tuple[tuple[Pattern, tuple[Share, ...]], ...] = ()
     concat: tuple[tuple[Pattern, tuple[Pattern, ...]], ...] = ()
     transpose: tuple[tuple[Pattern, tuple[int, ...]], ...] = ()
     reshape: tuple[tuple[Pattern, tuple[tuple[int, ...], ...]], ...] = ()
@@ -197,7 +197,7 @@ class Table:
         self,
         name: Segments,
         whole: Pattern,
-        parts: Sequence[Part],
+        parts: Sequence[Share],
         place: int,
         start: int,
         stop: int,
@@ -283,7 +283,7 @@ def _parse(rows: Mapping[str, Any]) -> dict[str, Any]:
         )
     splits = []
     for whole, texts in rows.get("split", {}).items():
-        parts = tuple(Part.parse(text) for text in _strings(texts, whole))
+        parts = tuple(Share.parse(text) for text in _strings(texts, whole))
         _same_shape(Pattern.parse(whole), [part.pattern for part in parts])
         splits.append((Pattern.parse(whole), parts))
     table["split"] = tuple(splits)

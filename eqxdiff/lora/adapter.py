@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
-from ..checkpoint import AbstractTensorSource
-from ..checkpoint.source import show
+from ..tensors import AbstractTensorSource, show
 from .formats import Format, check_names, find_format, split_name
 from .kinds import Kind, Shape, Tensors, find_kind
 from .strength import Strength

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._errors import CheckpointError, SettingError
 from ..checkpoint import Table, export_infos, export_tensors
-from ..checkpoint.source import TensorInfo
+from ..tensors import TensorInfo
 
 
 @dataclasses.dataclass(frozen=True)

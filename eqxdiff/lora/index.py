@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from ..checkpoint import Table, leaf_paths, read_table
-from ..checkpoint.layout import FORMS
 from ..checkpoint.load import dotted
 from ..checkpoint.plan import Move, Shape, compile_plan
+from ..convert.recognise import FORMS
 from ..models import FAMILIES
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from .._errors import CheckpointError, SettingError
-from ..checkpoint import Source, TensorInfo, read_table, save_module
-from ..checkpoint.hub import HEAVY
+from ..checkpoint import read_table, save_module
 from ..checkpoint.save import atomic, write_tensors
+from ..hub import Source
+from ..hub.source import HEAVY
+from ..tensors import TensorInfo
 
 
 def check_new(path: Path, suffix: str = "") -> None:

@@ -10,8 +10,9 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from .._errors import SourceError
-from ..checkpoint import SafetensorsFile, Source, open_source
-from ..checkpoint.hub import PICKLES, REPOSITORY, Folder, explain
+from ..hub import Source, open_source
+from ..hub.source import REPOSITORY, Folder, explain
+from ..tensors import PICKLES, SafetensorsFile
 from .adapter import Adapter, parse_adapter
 from .strength import Strength, split_spec
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
-from ..checkpoint import SafetensorsFile, TensorInfo
 from ..checkpoint.load import dotted, is_leaf, leaf_paths
 from ..checkpoint.save import write_tensors
+from ..tensors import SafetensorsFile, TensorInfo
 
 
 State = TypeVar("State")

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._errors import CheckpointError, SettingError
-from ..checkpoint import load_module, open_source, read_table, save_module
+from ..checkpoint import load_module, read_table, save_module
+from ..hub import open_source
 from ..pipeline import Blueprint, open_model
 from ..vae import AutoencoderKL
 from .config import TrainConfig

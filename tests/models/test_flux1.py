@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
-from eqxdiff.checkpoint import InMemory, check, export_infos, load_module, read_table
+from eqxdiff.checkpoint import check, export_infos, load_module, read_table
 from eqxdiff.models.flux1 import Transformer, TransformerConfig, patchify, positions, unpatchify
 from eqxdiff.models.flux1.layers import modulate
+from eqxdiff.tensors import InMemory
 
 
 CONFIG = TransformerConfig(

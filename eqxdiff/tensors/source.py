@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-Index = tuple[tuple[int, int], ...]
+Box = tuple[tuple[int, int], ...]
 """A box of a tensor: `(start, stop)` for each axis."""
 
 
@@ -52,8 +52,8 @@ class AbstractTensorSource(abc.ABC):
         return self.tensors[name].dtype
 
     @abc.abstractmethod
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        """Copies the box `index` of tensor `name` into `out`.
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Copies the box `box` of tensor `name` into `out`.
 
         `out` is C-contiguous and has the tensor's dtype and the box's shape.
 
@@ -74,8 +74,8 @@ class InMemory(AbstractTensorSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in index)]
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        out[...] = self._arrays[name][tuple(slice(*bounds) for bounds in box)]
 
 
 class Subset(AbstractTensorSource):
@@ -92,8 +92,8 @@ class Subset(AbstractTensorSource):
     def dtype_of(self, name: str) -> np.dtype:
         return self._source.dtype_of(name)
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        self._source.read(name, index, out)
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        self._source.read(name, box, out)
 
 
 def show(name: str) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._errors import CheckpointError
-from .load import leaf_paths
-from .plan import Plan, Shape, compile_plan, condense
-from .scaled import dequantised
-from .source import AbstractTensorSource, Subset
-from .table import Table, read_table
+from ..checkpoint import Table, leaf_paths, read_table
+from ..checkpoint.plan import Plan, Shape, compile_plan, condense
+from ..hub import Part, Weights
+from ..models import Component
+from ..tensors import AbstractTensorSource, Subset, dequantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,42 @@ def claim(
     return chosen
 
 
+def claim_parts(
+    weights: Weights, components: Mapping[str, Component], configs: Mapping[str, Any]
+) -> dict[str, Part]:
+    """The components that a single file of weights has; none where there is no such file.
+
+    **Raises:** `CheckpointError` where it does not fit the model or has something left over.
+    """
+    if weights.single is None:
+        return {}
+    wanted = {
+        name: (component.table, component.skeleton(configs[name]))
+        for name, component in components.items()
+    }
+    found = claim(weights.single.tensors(), wanted, weights.single.file or "")
+    return dict.fromkeys(found, weights.single)
+
+
+def scheduler_fields(weights: Weights) -> Mapping[str, Any]:
+    """`scheduler_config.json`, with what a single file says of it by marks of its own."""
+    fields = weights.source.read_json("scheduler/scheduler_config.json")
+    if weights.single is None:
+        return fields
+    names = weights.single.tensors().tensors
+    marked = (change for mark, change in SCHEDULER_MARKS.items() if mark in names)
+    return {**fields, **{key: value for change in marked for key, value in change.items()}}
+
+
+SCHEDULER_MARKS: Mapping[str, Mapping[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True},
+}
+"""Tensors without meaning of their own, by which fine-tunes of SDXL tell how they were trained."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Lookalikes:
     """A sort of models whose headers cannot be told apart.
 
     **Fields:**
@@ -257,17 +291,17 @@ _FLUX = {
     "text_encoder_2": ("t5", "text_encoders.t5xxl.transformer"),
     "vae": ("vae_ldm", "vae"),
 }
-SD1 = Kind(
+SD1 = Lookalikes(
     "Stable Diffusion 1",
     ("sd15",),
     {**_LDM, "text_encoder": ("clip", "cond_stage_model.transformer")},
 )
-SD2 = Kind(
+SD2 = Lookalikes(
     "Stable Diffusion 2",
     ("sd21", "sd21-base", "sd2-base", "sd-turbo"),
     {**_LDM, "text_encoder": ("clip_openclip", "cond_stage_model.model")},
 )
-SDXL = Kind(
+SDXL = Lookalikes(
     "Stable Diffusion XL",
     ("sdxl", "sdxl-turbo"),
     {
@@ -277,9 +311,9 @@ SDXL = Kind(
         "text_encoder_2": ("clip_openclip", "conditioner.embedders.1.model"),
     },
 )
-REFINER = Kind("the refiner of Stable Diffusion XL", (), {})
-FLUX_DEV = Kind("FLUX.1 [dev]", ("flux-dev",), _FLUX)
-FLUX_SCHNELL = Kind("FLUX.1 [schnell]", ("flux-schnell",), _FLUX)
+REFINER = Lookalikes("the refiner of Stable Diffusion XL", (), {})
+FLUX_DEV = Lookalikes("FLUX.1 [dev]", ("flux-dev",), _FLUX)
+FLUX_SCHNELL = Lookalikes("FLUX.1 [schnell]", ("flux-schnell",), _FLUX)
 
 KINDS = (SD1, SD2, SDXL, REFINER, FLUX_DEV, FLUX_SCHNELL)
 
@@ -290,7 +324,7 @@ GUIDANCE = ("guidance_in.in_layer.weight", "guidance_embedder.linear_1.weight")
 ADDED = ("label_emb.0.0.weight", "add_embedding.linear_1.weight")
 
 
-def describe(tensors: AbstractTensorSource) -> Kind | None:
+def describe(tensors: AbstractTensorSource) -> Lookalikes | None:
     """What model a file is of, by its denoiser; `None` where it has none that is known."""
     for piece in find_pieces(tensors.tensors)[0]:
         shapes = {name: tensors.tensors[name].shape for name in piece.names}

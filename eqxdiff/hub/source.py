@@ -15,8 +15,8 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from .._errors import CheckpointError, ConfigError, SourceError
-from .safetensors import SafetensorsFile, merge_shards, read_index
-from .source import AbstractTensorSource
+from ..tensors import PICKLES, AbstractTensorSource, SafetensorsFile
+from ..tensors.safetensors import merge_shards, read_index
 
 
 INDEX = "model_index.json"
@@ -29,7 +29,6 @@ WEIGHTS = re.compile(
 )
 """The names that diffusers and transformers give to the safetensors files of a component."""
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 HEAVY = (".safetensors", *PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".pb")
 
 NETWORK_ERRORS = (

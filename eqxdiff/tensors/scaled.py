@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from .._errors import CheckpointError
-from .source import AbstractTensorSource, Index, TensorInfo, show
+from .source import AbstractTensorSource, Box, TensorInfo, show
 
 
 SCALES = {"scale_weight": "weight", "weight_scale": "weight"}
@@ -92,15 +92,15 @@ class Dequantised(AbstractTensorSource):
     def dtype_of(self, name: str) -> np.dtype:
         return np.dtype(jnp.bfloat16) if name in self._scales else self._tensors[name].dtype
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
         if name not in self._scales:
-            self._source.read(name, index, out)
+            self._source.read(name, box, out)
             return
         scale = self._scales[name].astype(np.float32).reshape(-1)
         if scale.size > 1:
-            scale = scale[slice(*index[0])].reshape(-1, *(1 for _ in index[1:]))
+            scale = scale[slice(*box[0])].reshape(-1, *(1 for _ in box[1:]))
         raw = np.empty(out.shape, self._source.tensors[name].dtype)
-        self._source.read(name, index, raw)
+        self._source.read(name, box, raw)
         out[...] = raw.astype(np.float32) * (scale if scale.size > 1 else scale.reshape(()))
 
 

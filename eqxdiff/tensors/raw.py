@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .._errors import CheckpointError
-from .source import AbstractTensorSource, Index, TensorInfo
+from .source import AbstractTensorSource, Box, TensorInfo
 
 
 SHORT_RUN_BYTES = 16 << 10
@@ -56,17 +56,17 @@ class RawFile:
                 )
             view, offset = view[count:], offset + count
 
-    def read(self, offset: int, info: TensorInfo, index: Index, out: np.ndarray) -> None:
-        """Copies the box `index` of the array at `offset` into `out`, which is contiguous."""
+    def read(self, offset: int, info: TensorInfo, box: Box, out: np.ndarray) -> None:
+        """Copies the box `box` of the array at `offset` into `out`, which is contiguous."""
         if not out.size:
             return
         strides = [info.dtype.itemsize] * len(info.shape)
         for axis in reversed(range(len(info.shape) - 1)):
             strides[axis] = strides[axis + 1] * info.shape[axis + 1]
         # a run of bytes without a gap spans the last axis that is cut, and all those after it
-        cut = [axis for axis, n in enumerate(info.shape) if index[axis] != (0, n)]
+        cut = [axis for axis, n in enumerate(info.shape) if box[axis] != (0, n)]
         axis = cut[-1] if cut else 0
-        origin = offset + sum(start * s for (start, _), s in zip(index, strides, strict=True))
+        origin = offset + sum(start * s for (start, _), s in zip(box, strides, strict=True))
         outer = out.shape[:axis]
         run = out.nbytes // math.prod(outer)
         if not outer or run >= SHORT_RUN_BYTES:
@@ -76,8 +76,8 @@ class RawFile:
                 self.fill(origin + at, row)
             return
         rows = max(COVER_BYTES // strides[0], 1)
-        columns = tuple(slice(*bounds) for bounds in index[1:])
-        start, stop = index[0]
+        columns = tuple(slice(*bounds) for bounds in box[1:])
+        start, stop = box[0]
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             cover = np.empty((last - first, *info.shape[1:]), info.dtype)
@@ -112,13 +112,13 @@ class RawSource(AbstractTensorSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
         offset, stored, axes = self._entries[name]
         order = np.argsort(axes)
         if list(order) == list(range(len(axes))):
-            self._file.read(offset, stored, index, out)
+            self._file.read(offset, stored, box, out)
             return
-        box = tuple(index[i] for i in order)
-        piece = np.empty([stop - start for start, stop in box], stored.dtype)
-        self._file.read(offset, stored, box, piece)
+        stored_box = tuple(box[i] for i in order)
+        piece = np.empty([stop - start for start, stop in stored_box], stored.dtype)
+        self._file.read(offset, stored, stored_box, piece)
         out[...] = piece.transpose(axes)

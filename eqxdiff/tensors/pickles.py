@@ -19,6 +19,9 @@ from .raw import Entry, RawFile, RawSource
 from .source import AbstractTensorSource, TensorInfo, show
 
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+"""The endings of the names of PyTorch's files."""
+
 STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "BoolStorage": np.dtype(np.bool_),
@@ -46,7 +49,7 @@ class Storage(NamedTuple):
     numel: int
 
 
-class Tensor(NamedTuple):
+class View(NamedTuple):
     """What the pickle says of a tensor."""
 
     storage: Storage
@@ -78,12 +81,12 @@ class _Refused(Exception):
     pass
 
 
-def _tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> View:
     natural = lambda value: type(value) is int and 0 <= value < 1 << 48
     sizes = (*shape, *strides, start) if isinstance(shape, tuple | list) else (None,)
     if not isinstance(storage, Storage) or not all(map(natural, sizes)):
         raise _Refused("a tensor is described in an unknown way")
-    return Tensor(storage, start, tuple(shape), tuple(strides))
+    return View(storage, start, tuple(shape), tuple(strides))
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -183,11 +186,11 @@ def _entries(archive: zipfile.ZipFile, file: RawFile) -> dict[str, Entry]:
     return entries
 
 
-def _tensors(tree: Any) -> dict[str, Tensor]:
+def _tensors(tree: Any) -> dict[str, View]:
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
     tensors = tree.items() if isinstance(tree, dict) else ()
-    found = {k: v for k, v in tensors if isinstance(k, str) and isinstance(v, Tensor)}
+    found = {k: v for k, v in tensors if isinstance(k, str) and isinstance(v, View)}
     if not found:
         raise _Refused("it holds no dictionary of tensors")
     for name in found:
@@ -196,7 +199,7 @@ def _tensors(tree: Any) -> dict[str, Tensor]:
     return found
 
 
-def _entry(name: str, tensor: Tensor, member: zipfile.ZipInfo, file: RawFile) -> Entry:
+def _entry(name: str, tensor: View, member: zipfile.ZipInfo, file: RawFile) -> Entry:
     """Where a tensor lies, whose axes may be stored in another order but without gaps."""
     shape, strides, dtype = tensor.shape, tensor.strides, tensor.storage.dtype
     order = sorted(range(len(shape)), key=lambda i: (-strides[i], shape[i] == 1, i))

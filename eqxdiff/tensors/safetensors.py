@@ -19,7 +19,7 @@ import numpy as np
 
 from .._errors import CheckpointError
 from .raw import RawFile
-from .source import AbstractTensorSource, Index, TensorInfo, show
+from .source import AbstractTensorSource, Box, TensorInfo, show
 
 
 DTYPES = {
@@ -87,8 +87,8 @@ class SafetensorsFile(AbstractTensorSource):
     def _fail(self, why: str) -> NoReturn:
         raise CheckpointError(f"{self._name} is not a valid safetensors file: {why}.")
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        self._file.read(self._data + self._offsets[name], self._tensors[name], index, out)
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        self._file.read(self._data + self._offsets[name], self._tensors[name], box, out)
 
 
 class MergedSource(AbstractTensorSource):
@@ -102,8 +102,8 @@ class MergedSource(AbstractTensorSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
-        self._sources[name].read(name, index, out)
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        self._sources[name].read(name, box, out)
 
 
 def parse_header(

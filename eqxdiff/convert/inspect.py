@@ -12,16 +12,15 @@ import numpy as np
 from huggingface_hub import constants
 
 from .._errors import CheckpointError, SourceError
+from ..checkpoint import check, read_table
+from ..checkpoint.plan import condense
+from ..hub import Source, is_file, open_source
+from ..hub.source import NETWORK_ERRORS, explain
 from ..models import AbstractFamily, find_model
-from .hub import NETWORK_ERRORS, Source, explain, open_source
-from .layout import REST, Kind, describe, find_pieces, locate
-from .load import check
-from .part import is_file
-from .plan import condense
-from .safetensors import MOST_HEADER_BYTES, SafetensorsFile, parse_header
-from .source import AbstractTensorSource, Index, TensorInfo
-from .table import read_table
-from .weights import open_tensors, plain
+from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
+from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
+from .open import plain
+from .recognise import REST, Lookalikes, describe, find_pieces, locate
 
 
 HEAD_BYTES = 64 << 10
@@ -69,7 +68,7 @@ class Header(AbstractTensorSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, index: Index, out: np.ndarray) -> None:
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
         raise CheckpointError(f"{name} is not here, only its header.")
 
 
@@ -185,7 +184,7 @@ def _count(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 
 def _portrait(
     name: str,
-    kind: Kind | None,
+    kind: Lookalikes | None,
     layout: str,
     infos: list[TensorInfo],
     components: dict[str, dict[str, Any]],

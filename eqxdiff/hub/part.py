@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SourceError
-from ..models import Component
-from .hub import PICKLES, Folder, Source, open_source
-from .layout import claim
-from .safetensors import SafetensorsFile
-from .source import AbstractTensorSource
+from ..tensors import PICKLES, AbstractTensorSource, SafetensorsFile
+from .source import Folder, Source, open_source
 
 
 CONFIG = "config.json"
@@ -104,31 +101,6 @@ class Weights:
     source: Source
     single: Part | None
 
-    def scheduler(self) -> Mapping[str, Any]:
-        """`scheduler_config.json`, with what a single file says of it by marks of its own."""
-        fields = self.source.read_json("scheduler/scheduler_config.json")
-        if self.single is None:
-            return fields
-        names = self.single.tensors().tensors
-        marked = (change for mark, change in SCHEDULER_MARKS.items() if mark in names)
-        return {**fields, **{key: value for change in marked for key, value in change.items()}}
-
-    def parts(
-        self, components: Mapping[str, Component], configs: Mapping[str, Any]
-    ) -> dict[str, Part]:
-        """The components that the single file has.
-
-        **Raises:** `CheckpointError` where it does not fit the model or has something left over.
-        """
-        if self.single is None:
-            return {}
-        wanted = {
-            name: (component.table, component.skeleton(configs[name]))
-            for name, component in components.items()
-        }
-        found = claim(self.single.tensors(), wanted, self.single.file or "")
-        return dict.fromkeys(found, self.single)
-
     def note(self, components: Iterable[str], found: Container[str]) -> str | None:
         """A sentence on what does not come from the single file; `None` where there is none."""
         if self.single is None:
@@ -136,13 +108,6 @@ class Weights:
         lacks = [name for name in components if name not in found]
         what = ", ".join([*lacks, "configs", "tokenizers"])
         return f"{self.single.file} has no {what}: those of {self.source.name} are used"
-
-
-SCHEDULER_MARKS: Mapping[str, Mapping[str, Any]] = {
-    "v_pred": {"prediction_type": "v_prediction"},
-    "ztsnr": {"rescale_betas_zero_snr": True},
-}
-"""Tensors without meaning of their own, by which fine-tunes of SDXL tell how they were trained."""
 
 
 def open_weights(weights: str | None, repository: str, *, revision: str | None = None) -> Weights:

@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from .._errors import SourceError
+from ..checkpoint import read_table, save_module
+from ..checkpoint.load import dotted
 from ..models import find_model
 from ..sharding import Rule, logical_axes
-from .load import dotted
-from .save import save_module
-from .table import read_table
 
 
 Module = TypeVar("Module")

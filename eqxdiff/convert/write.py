@@ -1,0 +1,230 @@
+"""Plans the files of a diffusers folder or a single file, and writes them."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import DTypeLike
+
+from .._errors import SettingError, SourceError
+from ..checkpoint import read_table
+from ..checkpoint.load import Reader
+from ..checkpoint.save import cut, header, index_text
+from ..hub.source import HEAVY, INDEX
+from ..tensors import TensorInfo
+from .open import Checkpoint, plain
+from .recast import Recast
+from .recognise import KINDS, find_pieces
+
+
+METADATA = {"format": "pt"}
+
+Progress = Callable[[str, int, int], None]
+"""Called with the file that is written, the bytes written so far of all files, and all bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFile:
+    """A file to be written.
+
+    **Fields:**
+
+    - `path`: within the destination.
+    - `tensors`: by the name in the file: whose they are.
+    - `data`: of a file that is not weights.
+    """
+
+    path: str
+    tensors: Mapping[str, Recast] = dataclasses.field(default_factory=dict)
+    data: bytes = b""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: part.infos[name] for name, part in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values()) + len(self.data)
+
+
+def plan_folder(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> list[OutputFile]:
+    """The files of a folder in the diffusers layout, weights first. **Raises:** `CheckpointError`,
+    `SourceError`."""
+    targets = []
+    for name, opened in checkpoint.components.items():
+        component = checkpoint.family.components[name]
+        recast = Recast.make(name, opened, read_table(component.table), dtype)
+        stem = "model" if component.stage == "text" else "diffusion_pytorch_model"
+        shards = cut(recast.infos, stem)
+        targets += [
+            OutputFile(f"{name}/{file}", dict.fromkeys(shard, recast))
+            for file, shard in shards.items()
+        ]
+        if len(shards) > 1:
+            index = f"{name}/{stem}.safetensors.index.json"
+            targets.append(OutputFile(index, data=index_text(shards).encode()))
+    return targets + _texts(checkpoint)
+
+
+def _texts(checkpoint: Checkpoint) -> list[OutputFile]:
+    """Configs and tokenizers, as the diffusers of today names its classes."""
+    source, family = checkpoint.configs, checkpoint.family
+    index = plain(source.read_json(INDEX))
+    parts = [*family.components, *family.tokenizers, "scheduler"]
+    for name, value in index.items():
+        if isinstance(value, list) and name not in parts:
+            index[name] = [None, None]  # such as a safety checker, which is not converted
+    texts = []
+    for part in parts:
+        for path in sorted(source.folder(part).iterdir()):
+            if not path.is_file() or path.name.endswith((*HEAVY, ".index.json")):
+                continue
+            data = path.read_bytes()
+            if path.name in ("config.json", "scheduler_config.json"):
+                data = _json(plain(source.read_json(f"{part}/{path.name}")))
+            texts.append(OutputFile(f"{part}/{path.name}", data=data))
+    return [*texts, OutputFile(INDEX, data=_json(index))]
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(fields, indent=2)}\n".encode()
+
+
+def plan_file(
+    checkpoint: Checkpoint, path: str, dtype: DTypeLike | None = None, only: str | None = None
+) -> list[OutputFile]:
+    """The original single file of the model.
+
+    **Arguments:**
+
+    - `only`: a component to be alone in the file, its names without a prefix.
+
+    **Raises:** `CheckpointError`; `SettingError` where the checkpoint has no such component, or the
+    model no such layout.
+    """
+    kind = next((kind for kind in KINDS if checkpoint.model in kind.models), None)
+    if kind is None:
+        raise SettingError(f"There is no single-file layout for {checkpoint.model}.")
+    components = checkpoint.components
+    if only is not None and only not in components:
+        choices = ", ".join(components)
+        raise SettingError(f"{checkpoint.name} has no component {only}: it has {choices}.")
+    tensors = {}
+    for name, opened in components.items():
+        if only in (None, name):
+            table, prefix = kind.layout[name]
+            prefixes = (prefix if only is None else "",)
+            table = dataclasses.replace(read_table(table), prefix=prefixes)
+            recast = Recast.make(name, opened, table, dtype)
+            tensors.update(dict.fromkeys(recast.infos, recast))
+    pieces, rest = find_pieces(tensors)
+    if rest or len(pieces) < (len(components) if only is None else 1):
+        raise SettingError(
+            f"{checkpoint.name} cannot be a single file: it has other layers than "
+            f"{checkpoint.model} has, and there is no layout for those."
+        )
+    # wide numbers first, as within a component
+    order = sorted(tensors, key=lambda tensor: -tensors[tensor].infos[tensor].dtype.itemsize)
+    return [OutputFile(path, {tensor: tensors[tensor] for tensor in order})]
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    targets: list[OutputFile],
+    progress: Progress | None = None,
+) -> None:
+    """Writes a folder, which appears when it is complete.
+
+    What is written meanwhile lies in a hidden folder beside it; another attempt goes on from there.
+
+    **Raises:** `SourceError` where the folder exists or cannot be written, `CheckpointError`.
+    """
+    if folder.exists():
+        raise SourceError(f"{folder} exists already: name a folder that does not.")
+    draft = folder.with_name(f".{folder.name}.part")
+    files = [(target.path, target.nbytes) for target in targets]
+    job = hashlib.sha256(f"{checkpoint.fingerprint} {files}".encode()).hexdigest()
+    try:
+        mark = draft / "job"
+        if draft.exists() and not mark.is_file():
+            raise SourceError(f"{draft} is in the way and not of an earlier attempt: remove it.")
+        if draft.exists() and mark.read_text() != job:
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True, exist_ok=True)
+        mark.write_text(job)
+        _write_all(draft, targets, progress)
+        mark.unlink()
+        draft.rename(folder)
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be written: {error.strerror}.") from None
+
+
+def write_file(
+    checkpoint: Checkpoint,
+    path: Path,
+    targets: list[OutputFile],
+    progress: Progress | None = None,
+) -> None:
+    """Writes a single file, which appears when it is complete.
+
+    **Raises:** `SourceError` where it exists or cannot be written, `CheckpointError`.
+    """
+    if path.exists():
+        raise SourceError(f"{path} exists already: name a file that does not.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_all(path.parent, targets, progress)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _write_all(root: Path, targets: list[OutputFile], progress: Progress | None) -> None:
+    total, done = sum(target.nbytes for target in targets), 0
+    for target in targets:
+        path = root / target.path
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            try:
+                with open(part, "wb") as file:
+                    for index, piece in enumerate(_pieces(target)):
+                        file.write(piece)
+                        if target.tensors and index == 0:
+                            continue  # the header is not counted
+                        done += len(piece)
+                        if progress is not None:
+                            progress(target.path, done, total)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        else:
+            done += target.nbytes
+
+
+def _pieces(target: OutputFile) -> Iterator[bytes | memoryview]:
+    """The bytes of a file; of tensors, the header first."""
+    if not target.tensors:
+        yield target.data
+        return
+    yield header(target.infos, METADATA)
+    readers: dict[str, Reader] = {}
+    with contextlib.ExitStack() as stack:
+        for tensor, recast in target.tensors.items():
+            if recast.name not in readers:
+                reader = Reader(recast.opened.tensors, recast.name)
+                readers[recast.name] = stack.enter_context(reader)
+            written = 0
+            for chunk in recast.chunks(tensor, readers[recast.name]):
+                written += chunk.nbytes
+                yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+            assert written == recast.infos[tensor].nbytes
