@@ -16,20 +16,33 @@ from ._errors import (
 
 if TYPE_CHECKING:
     from . import lora as lora
-    from .models import Settings as Settings, find_model as find_model, model_names as model_names
+    from .models import (
+        Family as Family,
+        Settings as Settings,
+        find_model as find_model,
+        model_names as model_names,
+    )
     from .pipeline import (
         Blueprint as Blueprint,
         ControlImage as ControlImage,
+        CutPromptWarning as CutPromptWarning,
         Encoded as Encoded,
+        Example as Example,
         Picture as Picture,
         Pipeline as Pipeline,
+        Request as Request,
         Result as Result,
+        Stages as Stages,
+        decode as decode,
         generate as generate,
         generate_each as generate_each,
         load as load,
         open_model as open_model,
+        prepare as prepare,
+        sample_latent as sample_latent,
+        steps as steps,
     )
-    from .sampling import sample as sample
+    from .sampling import Hook as Hook, sample as sample
     from .sharding import make_mesh as make_mesh
 
 
@@ -38,12 +51,13 @@ __version__ = importlib.metadata.version("eqxdiff")
 # Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
 _HOMES = {
     "lora": (),
-    "models": ("Settings", "find_model", "model_names"),
+    "models": ("Family", "Settings", "find_model", "model_names"),
     "pipeline": (
-        *("Blueprint", "ControlImage", "Encoded", "Picture", "Pipeline", "Result"),
-        *("generate", "generate_each", "load", "open_model"),
+        *("Blueprint", "ControlImage", "CutPromptWarning", "Encoded", "Example", "Picture"),
+        *("Pipeline", "Request", "Result", "Stages", "decode", "generate", "generate_each"),
+        *("load", "open_model", "prepare", "sample_latent", "steps"),
     ),
-    "sampling": ("sample",),
+    "sampling": ("Hook", "sample"),
     "sharding": ("make_mesh",),
 }
 

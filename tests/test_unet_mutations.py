@@ -8,7 +8,7 @@ import test_unet
 from mutate import Mutation, apply
 
 
-UNET, BLOCKS, CONTROL = "models._unet", "models._unet_blocks", "models._controlnet"
+UNET, BLOCKS, CONTROL = "models.unet.network", "models.unet.blocks", "models.unet.controlnet"
 MUTATIONS = [
     Mutation("epsilon of layer norms", "norms-sd1", BLOCKS, "LAYER_NORM_EPS", "1e-6"),
     Mutation("epsilon of layer norms up", "norms-sd1", BLOCKS, "LAYER_NORM_EPS", "2e-5"),

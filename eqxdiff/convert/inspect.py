@@ -16,7 +16,7 @@ from ..checkpoint import check, read_table
 from ..checkpoint.plan import condense
 from ..hub import Source, is_file, open_source
 from ..hub.source import NETWORK_ERRORS, explain
-from ..models import AbstractFamily, find_model
+from ..models import Family, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
 from .open import plain
@@ -147,7 +147,7 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
 
 
 def _misfits(
-    family: AbstractFamily, source: Source, headers: Mapping[str, AbstractTensorSource]
+    family: Family, source: Source, headers: Mapping[str, AbstractTensorSource]
 ) -> list[str]:
     problems = []
     for name, component in family.components.items():

@@ -7,7 +7,7 @@ from mutate import Mutation, apply
 from sd_checks import check_latents, check_picture, check_prompt
 
 
-UNET_FAMILY, SD, SDXL = "models._unet_family", "models.sd.family", "models.sdxl.family"
+UNET_FAMILY, SD, SDXL = "models.unet.model", "models.sd.family", "models.sdxl.family"
 TIME_IDS = "models.sdxl.conditioning:time_ids"
 CONTROL = "pipeline:ControlImage.resolve"
 DISCRETE = "sampling.discrete"
@@ -350,7 +350,7 @@ PROGRAMS = [
     Mutation(
         "one ControlNet of two",
         "latents sd2-controls",
-        "models._controlnet:sum_residuals",
+        "models.unet.controlnet:sum_residuals",
         "jax.tree.map(jnp.add, first, other)",
         "other",
     ),

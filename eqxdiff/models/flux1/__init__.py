@@ -1,11 +1,11 @@
 """FLUX.1 dev and schnell."""
 
-from .conditioning import Conditioning as Conditioning
-from .config import TransformerConfig as TransformerConfig
-from .family import (
-    Flux1 as Flux1,
+from .conditioning import (
+    FluxCondition as FluxCondition,
     patchify as patchify,
     positions as positions,
     unpatchify as unpatchify,
 )
+from .config import TransformerConfig as TransformerConfig
+from .family import FLUX1 as FLUX1
 from .network import Transformer as Transformer
