@@ -7,6 +7,7 @@ https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/image_proces
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -41,6 +42,23 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         raise SourceError(f"The picture {path} cannot be read: {why}") from None
 
 
+def to_pil(image: Any, name: str = "image") -> PILImage.Image:
+    """Converts a picture to RGB, or the `"mask"` to greys, in 8 bits.
+
+    **Raises:** `SettingError` where the argument called `name` is neither picture nor mask.
+    """
+    mode = "L" if name == "mask" else "RGB"
+    if isinstance(image, np.ndarray):
+        pixels = _check(image, name)
+        if pixels.dtype != np.uint8:
+            pixels = np.uint8(np.round(pixels * 255))
+        image = PILImage.fromarray(pixels)
+    elif not isinstance(image, PILImage.Image):
+        kind = type(image).__name__
+        raise SettingError(f"`{name}` must be a PIL image or a NumPy array, not {kind}.")
+    return _convert(image, mode)
+
+
 def fit(image: Pictured, height: int, width: int, *, region: Region | None = None) -> np.ndarray:
     """Stretches a picture to a size by Lanczos' filter.
 
@@ -56,17 +74,21 @@ def fit(image: Pictured, height: int, width: int, *, region: Region | None = Non
     """
     if region is None and isinstance(image, np.ndarray) and image.shape == (height, width, 3):
         return _check(image, "image")
-    return np.asarray(_resize(_to_pil(image, "image"), height, width, region))
+    return np.asarray(_resize(to_pil(image, "image"), height, width, region))
 
 
-def to_unit(image: np.ndarray) -> Float[np.ndarray, "*shape"]:
-    """Converts pixels to float32 from 0 to 1."""
-    return image.astype(np.float32) / 255 if image.dtype == np.uint8 else np.float32(image)
+def to_unit(image: Pictured, *, name: str = "image") -> Float[np.ndarray, "H W 3"]:
+    """Converts a picture to float32 from 0 to 1, in its own size.
+
+    **Raises:** `SettingError` where the argument called `name` is no picture.
+    """
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(to_pil(image, name))
+    return _scale(_check(pixels, name))
 
 
-def normalise(image: np.ndarray) -> Float[np.ndarray, "*shape"]:
-    """Converts pixels to float32 from -1 to 1, as an autoencoder encodes them."""
-    return 2 * to_unit(image) - 1
+def to_signed(image: Pictured) -> Float[np.ndarray, "H W 3"]:
+    """Converts a picture to float32 from -1 to 1, as an autoencoder encodes it."""
+    return np.float32(2) * to_unit(image) - np.float32(1)
 
 
 def check_mask(mask: Pictured, image: Pictured) -> None:
@@ -74,7 +96,7 @@ def check_mask(mask: Pictured, image: Pictured) -> None:
 
     **Raises:** `SettingError` where they differ in size.
     """
-    sizes = [_to_pil(mask, "mask").size, _to_pil(image, "image").size]
+    sizes = [to_pil(mask, "mask").size, to_pil(image, "image").size]
     if sizes[0] != sizes[1]:
         mask_size, image_size = (f"{width}x{height}" for width, height in sizes)
         raise SettingError(
@@ -93,7 +115,7 @@ def to_grey(mask: Pictured, *, blur: float = 0) -> UInt8[np.ndarray, "H W"]:
     """
     if not 0 <= blur < np.inf:
         raise SettingError(f"`mask_blur` {blur} is out of range: it is at least 0.")
-    grey = _to_pil(mask, "mask")
+    grey = to_pil(mask, "mask")
     return np.asarray(grey.filter(ImageFilter.GaussianBlur(blur)) if blur else grey)
 
 
@@ -108,15 +130,15 @@ def prepare_mask(
 
     **Raises:** `SettingError` where `mask` is no mask or nothing in it is repainted.
     """
-    given = isinstance(mask, np.ndarray) and mask.shape == (height, width)
-    if given and not blur and region is None and mask.dtype != bool:
+    size, untouched = (height, width), region is None and not blur
+    if untouched and isinstance(mask, np.ndarray) and mask.shape == size and mask.dtype != bool:
         pixels = _check(mask, "mask")
     else:
         grey = PILImage.fromarray(to_grey(mask, blur=blur))
         pixels = np.asarray(_resize(grey, height, width, region))
     if not pixels.any():
         raise SettingError("`mask` is black everywhere: nothing would be repainted.")
-    return to_unit(pixels)
+    return _scale(pixels)
 
 
 def mask_to_latent(mask: Float[np.ndarray, "H W"], downscale: int) -> Float[np.ndarray, "h w"]:
@@ -170,11 +192,11 @@ def paste(
     **Raises:** `SettingError` where `mask` and `original` differ in size.
     """
     check_mask(mask, original)
-    image = _to_pil(original, "image")
+    image = to_pil(original, "image")
     kept = PILImage.new("RGBa", image.size)
-    keep = ImageOps.invert(_to_pil(mask, "mask"))
+    keep = ImageOps.invert(to_pil(mask, "mask"))
     kept.paste(image.convert("RGBA").convert("RGBa"), mask=keep)
-    below = _to_pil(made, "image")
+    below = to_pil(made, "image")
     if region is not None:
         left, top, right, bottom = region
         whole = PILImage.new("RGB", image.size)
@@ -227,19 +249,6 @@ def _resize_and_cut(image: PILImage.Image, height: int, width: int) -> PILImage.
     return result
 
 
-def _to_pil(image: Pictured, name: str) -> PILImage.Image:
-    mode = "L" if name == "mask" else "RGB"
-    if isinstance(image, np.ndarray):
-        pixels = _check(image, name)
-        if pixels.dtype != np.uint8:
-            pixels = np.uint8(np.round(pixels * 255))
-        image = PILImage.fromarray(pixels)
-    elif not isinstance(image, PILImage.Image):
-        kind = type(image).__name__
-        raise SettingError(f"`{name}` must be a PIL image or a NumPy array, not {kind}.")
-    return _convert(image, mode)
-
-
 def _convert(image: PILImage.Image, mode: str) -> PILImage.Image:
     """Converts to 8 bits a channel; PIL itself would make all bright pixels of 16 bits white.
 
@@ -255,10 +264,15 @@ def _convert(image: PILImage.Image, mode: str) -> PILImage.Image:
     return image.convert(mode)
 
 
+def _scale(pixels: np.ndarray) -> Float[np.ndarray, "*shape"]:
+    whole = pixels.dtype == np.uint8
+    return pixels.astype(np.float32) / np.float32(255 if whole else 1)
+
+
 def _check(array: np.ndarray, name: str) -> np.ndarray:
     """Returns the array. **Raises:** `SettingError` where its shape, type or values do not fit."""
-    wanted = "(height, width, 3)" if name == "image" else "(height, width)"
-    fits = array.shape[2:] == (3,) if name == "image" else array.ndim == 2
+    wanted = "(height, width)" if name == "mask" else "(height, width, 3)"
+    fits = array.ndim == 2 if name == "mask" else array.shape[2:] == (3,)
     if not fits or 0 in array.shape:
         raise SettingError(f"`{name}` has the shape {array.shape}: it must be {wanted}.")
     if array.dtype == np.uint8 or (array.dtype == bool and name == "mask"):

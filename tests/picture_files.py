@@ -12,6 +12,28 @@ from eqxdiff.models import find_model
 
 CASES = json.loads((FIXTURES / "pictures.json").read_text())
 
+RESIZED = [((75, 100), (64, 64)), ((64, 64), (64, 96)), ((40, 90), (80, 48)), ((33, 33), (64, 64))]
+"""Height and width of pictures, and of what they are resized to."""
+
+CROPPED = [
+    ((96, 128), (20, 40, 50, 90), (64, 64), 0),
+    ((96, 128), (20, 40, 50, 90), (64, 64), 7),
+    ((96, 128), (0, 90, 100, 128), (64, 96), 4),
+    ((96, 128), (90, 96, 0, 128), (96, 64), 0),
+    ((60, 200), (10, 50, 3, 199), (64, 64), 5),
+    ((200, 61), (150, 151, 60, 61), (40, 64), 2),
+    ((60, 200), (0, 60, 10, 12), (64, 192), 0),
+]
+"""Height and width of pictures; first and last row and column of a grey rectangle in their masks;
+height and width of what is made; padding."""
+
+
+def make_rectangle(size: tuple[int, int], edges: tuple[int, int, int, int]) -> np.ndarray:
+    """A mask that is grey in a rectangle, (height, width), uint8."""
+    mask = np.zeros(size, np.uint8)
+    mask[edges[0] : edges[1], edges[2] : edges[3]] = 180
+    return mask
+
 
 def write_case(folder: Path, case: dict) -> Path:
     """Writes the checkpoint of a case, whose UNet may have nine input channels."""

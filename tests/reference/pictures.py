@@ -11,10 +11,22 @@ import diffusers
 import numpy as np
 import torch
 from _torch import FIXTURES
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders import vae as autoencoder
 from diffusers.utils import logging
 from helpers import fake_noise, relative_error
-from picture_files import CASES, encode_noise, masks_of, pictures_of, write_case
+from picture_files import (
+    CASES,
+    CROPPED,
+    RESIZED,
+    encode_noise,
+    make_mask,
+    make_picture,
+    make_rectangle,
+    masks_of,
+    pictures_of,
+    write_case,
+)
 from PIL import Image
 
 
@@ -148,6 +160,40 @@ def run(pipe, case: dict, dtype: torch.dtype, picture: int = 0) -> dict[str, np.
     }
 
 
+def run_processor() -> dict[str, np.ndarray]:
+    """What the pipelines make of pictures and masks before and after they sample."""
+    images = VaeImageProcessor()
+    greys = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True)
+    pixels = lambda tensor, half: np.uint8(np.round(np.array(tensor[0] + half) * 255 / (1 + half)))
+    picture = lambda tensor: pixels(tensor, 1).transpose(1, 2, 0)
+    mask = lambda tensor: pixels(tensor, 0)[0]
+    record = {}
+    for i, (size, (h, w)) in enumerate(RESIZED):
+        image, grey = (Image.fromarray(make(i, *size)) for make in (make_picture, make_mask))
+        record[f"fit/{i}"] = picture(images.preprocess(image, height=h, width=w))
+        record[f"mask/{i}"] = mask(greys.preprocess(grey, height=h, width=w))
+        soft = greys.preprocess(greys.blur(grey, 3), height=h, width=w)
+        record[f"blurred/{i}"] = mask(soft)
+        small = torch.nn.functional.interpolate(soft, size=(h // 8, w // 8))
+        record[f"latent/{i}"] = mask(small)
+        hard = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        record[f"hard/{i}"] = mask(hard.preprocess(grey, height=h, width=w))
+    for i, (size, edges, (h, w), pad) in enumerate(CROPPED):
+        image, made = (Image.fromarray(make_picture(j, *s)) for j, s in ((i, size), (9, (h, w))))
+        grey = Image.fromarray(make_rectangle(size, edges))
+        region = greys.get_crop_region(grey, w, h, pad=pad)
+        record[f"region/{i}"] = np.array(region)
+        fill = {"height": h, "width": w, "crops_coords": region, "resize_mode": "fill"}
+        record[f"filled/{i}"] = picture(images.preprocess(image, **fill))
+        record[f"filled mask/{i}"] = mask(greys.preprocess(grey, **fill))
+        record[f"pasted/{i}"] = np.asarray(images.apply_overlay(grey, image, made, region))
+    image, made = (Image.fromarray(make_picture(i, 64, 96)) for i in (1, 2))
+    record["laid over"] = np.asarray(
+        images.apply_overlay(Image.fromarray(make_mask(0, 64, 96)), image, made)
+    )
+    return record
+
+
 STAGES = ("encoded", "masked", "start", "first", "final")
 
 
@@ -155,7 +201,7 @@ STAGES = ("encoded", "masked", "start", "first", "final")
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    record = {}
+    record = {f"processor/{name}": value for name, value in run_processor().items()}
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             pipe = load(Path(folder), case)
