@@ -11,12 +11,13 @@ from PIL import Image as PILImage
 
 from .._errors import EqxdiffError, SettingError
 from ..models import Modules, check_range
+from ..pictures import Pictured
 from ..sampling import Hook
 from .batch import Example, Job, batches, cuts, make_jobs, stack_examples, to_bytes
 from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
-from .request import ControlImage, Picturelike, Prompts, Request, expand, share
+from .request import ControlImage, Prompts, Request, expand, share
 from .sample import check_divides, decode_batch, steps
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
@@ -90,8 +91,8 @@ def generate(
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 1,
-    image: Picturelike | None = None,
-    mask: Picturelike | None = None,
+    image: Pictured | None = None,
+    mask: Pictured | None = None,
     mask_blur: float = 0.0,
     mask_crop: int | None = None,
     controls: Sequence[ControlImage] = (),

@@ -14,14 +14,15 @@ from .._errors import SettingError
 from .._types import PRNGKey
 from ..models import AbstractModel, Inputs, Modules, Recipe
 from ..pictures import (
+    Region,
+    check_mask,
     crop_region,
-    crop_to,
     fit,
     mask_to_latent,
     paste,
     prepare_mask,
-    to_pil,
     to_signed,
+    to_unit,
 )
 from .blueprint import Blueprint
 from .request import Request, check_noise
@@ -47,7 +48,7 @@ class Pixels:
 
     image: np.ndarray
     mask: np.ndarray | None
-    region: tuple[int, int, int, int] | None
+    region: Region | None
 
 
 def read_pixels(request: Request, settings: Any) -> Pixels | None:
@@ -56,30 +57,30 @@ def read_pixels(request: Request, settings: Any) -> Pixels | None:
     **Raises:** `SettingError` where picture and mask do not belong together.
     """
     image, mask, region = request.image, request.mask, None
+    given = {name: getattr(request, name) for name in ("mask", "encode_noise")}
+    crop = {"mask_crop": request.mask_crop, "mask_blur": request.mask_blur or None}
+    for without, names in (("image", {**given, **crop}), ("mask", crop)):
+        wrong = [name for name, value in names.items() if value is not None]
+        if getattr(request, without) is None and wrong:
+            raise SettingError(f"`{wrong[0]}` would be ignored without `{without}`.")
     if image is None:
-        for name in ("mask", "mask_crop", "encode_noise"):
-            if getattr(request, name) is not None:
-                raise SettingError(f"`{name}` would be ignored without `image`.")
         return None
+    size = settings.height, settings.width
     if mask is None:
-        if request.mask_crop is not None or request.mask_blur:
-            name = "mask_blur" if request.mask_crop is None else "mask_crop"
-            raise SettingError(f"`{name}` would be ignored without `mask`.")
-        return Pixels(to_signed(fit(image, settings.height, settings.width)), None, None)
-    picture = to_pil(image, name="image")
+        return Pixels(to_signed(fit(image, *size)), None, None)
+    check_mask(mask, image)
     if request.mask_crop is not None:
         region = crop_region(mask, settings.width, settings.height, request.mask_crop)
-        picture, mask = crop_to(picture, region), crop_to(mask, region)
-    pixels = to_signed(fit(picture, settings.height, settings.width))
-    soft = prepare_mask(mask, settings.height, settings.width, blur=request.mask_blur)
-    return Pixels(pixels, soft, region)
+    soft = prepare_mask(mask, *size, blur=request.mask_blur, region=region)
+    return Pixels(to_signed(fit(image, *size, region=region)), soft, region)
 
 
 def paste_back(request: Request, pixels: Pixels | None, made: np.ndarray) -> np.ndarray:
     """Puts a part that was worked on into its picture, in [0, 1]."""
     if pixels is None or pixels.region is None:
         return made
-    return paste(request.image, made, request.mask, pixels.region)
+    assert request.image is not None and request.mask is not None
+    return to_unit(paste(request.image, made, request.mask, pixels.region))
 
 
 def make_inputs(

@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image as PILImage
 
 from .._errors import PromptError, SettingError
 from ..models import Control, check_range
-from ..pictures import to_unit
+from ..pictures import Pictured, to_unit
 from ..sampling import Interval, Schedule
 from .texts import Encoded
-
-
-Picturelike = PILImage.Image | np.ndarray
-"""A PIL image, or an array `(height, width, 3)` of uint8, or of floats from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +27,7 @@ class ControlImage:
         pictures without a prompt.
     """
 
-    image: Picturelike
+    image: Pictured
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -79,8 +74,8 @@ class Request:
     prompt: str | Encoded
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    image: Picturelike | None = None
-    mask: Picturelike | None = None
+    image: Pictured | None = None
+    mask: Pictured | None = None
     mask_blur: float = 0.0
     mask_crop: int | None = None
     controls: Sequence[ControlImage] = ()

@@ -77,7 +77,7 @@ def autoencoder_loss(
     **Returns:** the loss, and its parts: `"reconstruction"` and `"kl"`.
     """
     posterior = vae.encode(image)
-    output = vae.decode(vae.normalize(posterior.sample(unit_noise(key, posterior.mean))))
+    output = vae.decode(vae.normalize(posterior.sample(key)))
     reconstruction = reconstruction_loss(output, image, edge_weight)
     kl = kl_divergence(posterior)
     return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
