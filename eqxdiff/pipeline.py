@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
 from .checkpoint import Part, Source, load_module, locate, open_part, open_weights
-from .lora import Adapter, Fitted, apply_fitted, fit, load as load_adapter, merge_fitted
+from .lora import Adapter, Fitted, Merger, apply_fitted, fit
 from .models import (
     AbstractFamily,
     Component,
@@ -125,6 +125,9 @@ class Blueprint:
                 return None
             return parameter_sharding(path, shape, component.rules, self.mesh)
 
+        merger = None
+        if self.adapters is not None and self.merged:
+            merger = Merger(self.adapters, name)
         module = load_module(
             tensors,
             table,
@@ -133,11 +136,13 @@ class Blueprint:
             sharding=sharding,
             name=name,
             progress=report,
+            change=None if merger is None else merger.change,
         )
         if self.adapters is None:
             return module
-        put = merge_fitted if self.merged else apply_fitted
-        return put({name: module}, self.adapters)[name]
+        if merger is not None:
+            return merger.finish(module)
+        return apply_fitted({name: module}, self.adapters)[name]
 
 
 def open_model(
@@ -216,8 +221,7 @@ def open_model(
             for part, component in family.components.items()
             if component.stage != "vae"
         }
-        opened_loras = [load_adapter(one) if isinstance(one, str) else one for one in loras]
-        adapters = fit(skeletons, opened_loras, partial=lora_partial, widen=False)
+        adapters = fit(skeletons, loras, partial=lora_partial, widen=False)
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return Blueprint(

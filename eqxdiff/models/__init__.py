@@ -12,6 +12,11 @@ from ._family import (
     Preset as Preset,
     control_names as control_names,
 )
+from ._lora import (
+    LoraBase as LoraBase,
+    LoraFormat as LoraFormat,
+    LoraNames as LoraNames,
+)
 from ._settings import Settings as Settings, check_range as check_range
 from .flux1 import Flux1
 from .sd import StableDiffusion

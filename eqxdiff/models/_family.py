@@ -14,6 +14,7 @@ from .._types import Scalar, Tokens
 from ..sampling import AbstractParameterization, AbstractSolver, Denoiser, Schedule
 from ..sharding import Rule
 from ..text import Tokenized, Tokenizer
+from ._lora import LoraNames
 from ._settings import Settings
 
 
@@ -128,6 +129,7 @@ class AbstractFamily(eqx.Module):
     - `tokenizers`: folder of a tokenizer -> the text encoder that it is for.
     - `honoured`: the fields of `Settings` that count; another that is given is an error.
     - `controlnet`: the ControlNets that go with it, if there are any.
+    - `lora`: how published LoRAs name its layers.
 
     A family has no fields: it is a set of pure functions. Everything works on one example; the
     batch is the caller's `jax.vmap`.
@@ -138,6 +140,7 @@ class AbstractFamily(eqx.Module):
     tokenizers: eqx.AbstractClassVar[Mapping[str, str]]
     honoured: eqx.AbstractClassVar[Sequence[str]]
     controlnet: eqx.AbstractClassVar[Component | None]
+    lora: eqx.AbstractClassVar[LoraNames]
 
     @abstractmethod
     def parse_scheduler(self, fields: Mapping[str, Any]) -> Any:

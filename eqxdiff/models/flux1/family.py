@@ -36,10 +36,12 @@ from ...text import (
 from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
 from .._family import AbstractFamily, Component, Configs, Control, Guidance, Modules, Preset
 from .._index import read_index
+from .._lora import LoraNames
 from .._settings import Settings, check_range, check_size, complete, option, spacing
 from . import embedded, rules, tiny
 from .conditioning import Conditioning
 from .config import TransformerConfig
+from .lora import LORA
 from .network import Transformer
 
 
@@ -155,6 +157,7 @@ class Flux1(AbstractFamily):
         "vae_tiling",
     )
     controlnet: ClassVar[Component | None] = None
+    lora: ClassVar[LoraNames] = LORA
 
     def parse_scheduler(self, fields: Mapping[str, Any]) -> FlowSchedulerConfig:
         return parse_flow_config(fields, name="scheduler/scheduler_config.json")

@@ -10,6 +10,7 @@ from ...sampling import AYS_TABLES
 from ...text import CLIPTextConfig, CLIPTextModel, Tokenized, Tokenizer, rules as text_rules
 from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
 from .._family import Component, Configs, Modules, Preset
+from .._lora import LoraNames
 from .._settings import Settings
 from .._unet import UNet
 from .._unet_config import UNetConfig
@@ -23,6 +24,7 @@ from .._unet_family import (
 from .._unet_rules import UNET
 from . import tiny
 from .config import parse_index
+from .lora import LORA
 
 
 GUIDED = {"steps": 50, "guidance": 7.5}
@@ -91,6 +93,7 @@ class StableDiffusion(AbstractUNetFamily):
     honoured: ClassVar[Sequence[str]] = HONOURED
     ays: ClassVar[Sequence[float]] = AYS_TABLES["sd"]
     controlnet: ClassVar[Component | None] = CONTROL_COMPONENT
+    lora: ClassVar[LoraNames] = LORA
 
     def parse_index(self, fields: Mapping[str, Any]) -> None:
         parse_index(fields)

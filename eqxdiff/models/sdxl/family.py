@@ -14,6 +14,7 @@ from ...sampling import AYS_TABLES
 from ...text import CLIPTextConfig, CLIPTextModel, Tokenized, Tokenizer, rules as text_rules
 from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
 from .._family import Component, Configs, Modules, Preset
+from .._lora import LoraNames
 from .._settings import Settings
 from .._unet import AddedConditioning, UNet
 from .._unet_config import UNetConfig
@@ -28,6 +29,7 @@ from .._unet_rules import UNET
 from . import tiny
 from .conditioning import EncodedPrompt, time_ids
 from .config import PipelineConfig, parse_index
+from .lora import LORA
 
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -119,6 +121,7 @@ class StableDiffusionXL(AbstractUNetFamily):
     )
     ays: ClassVar[Sequence[float]] = AYS_TABLES["sdxl"]
     controlnet: ClassVar[Component | None] = CONTROL_COMPONENT
+    lora: ClassVar[LoraNames] = LORA
 
     def parse_index(self, fields: Mapping[str, Any]) -> PipelineConfig:
         return parse_index(fields)
