@@ -11,6 +11,11 @@ from ._family import (
     Preset as Preset,
     control_names as control_names,
 )
+from ._lora import (
+    LoraBase as LoraBase,
+    LoraFormat as LoraFormat,
+    LoraNames as LoraNames,
+)
 from ._model import (
     PROMPT as PROMPT,
     AbstractModel as AbstractModel,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from ..sharding import Rule
+from ._lora import LoraNames
 from ._model import AbstractModel
 from ._settings import Settings
 
@@ -94,6 +95,7 @@ class Family:
     - `bind`: makes the model of a name, of default settings and of configs. Raises `ConfigError`
         where the components do not belong together.
     - `example`: returns the texts of a tiny checkpoint of a model, by path: all but the weights.
+    - `lora`: how published LoRAs name its layers.
     - `controlnet`: the ControlNets that go with it, if there are any.
     - `control_config`: makes the config of a ControlNet for a model of these configs from its
         `config.json`, or from `None` where a file comes without. Raises `ConfigError`.
@@ -108,6 +110,7 @@ class Family:
     parse_scheduler: Callable[[Mapping[str, Any]], Any]
     bind: Callable[[str, Any, Configs], AbstractModel]
     example: Callable[[str], Mapping[str, str]]
+    lora: LoraNames = LoraNames()
     controlnet: Component | None = None
     control_config: Callable[[Configs, Mapping[str, Any] | None], Any] = no_controlnets
 

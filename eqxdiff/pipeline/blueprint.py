@@ -11,7 +11,7 @@ from .._errors import SettingError
 from ..checkpoint import load_module
 from ..convert import locate
 from ..hub import Part, Source
-from ..lora import Fitted, apply_fitted, merge_fitted
+from ..lora import Fitted, Merger, apply_fitted
 from ..models import AbstractModel, Component, Family, Settings
 from ..sharding import parameter_sharding
 from ..text import Tokenizer
@@ -117,6 +117,9 @@ class Blueprint:
                 return None
             return parameter_sharding(path, shape, component.rules, self.mesh)
 
+        merger = None
+        if self.adapters is not None and self.merged:
+            merger = Merger(self.adapters, name)
         module = load_module(
             tensors,
             table,
@@ -125,8 +128,10 @@ class Blueprint:
             sharding=sharding,
             name=name,
             progress=report,
+            change=None if merger is None else merger.change,
         )
         if self.adapters is None:
             return module
-        put = merge_fitted if self.merged else apply_fitted
-        return put({name: module}, self.adapters)[name]
+        if merger is not None:
+            return merger.finish(module)
+        return apply_fitted({name: module}, self.adapters)[name]

@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike
 from .._errors import ConfigError, SettingError
 from ..convert.recognise import claim_parts, scheduler_fields
 from ..hub import Part, Source, open_part, open_weights
-from ..lora import Adapter, Fitted, fit, load as load_adapter
+from ..lora import Adapter, Fitted, fit
 from ..models import Component, Family, Preset, control_names, find_model
 from ..text import Tokenizer
 from .blueprint import Blueprint, Progress
@@ -148,8 +148,7 @@ def _fit(
         for part, component in family.components.items()
         if component.stage != "vae"
     }
-    opened = [load_adapter(one) if isinstance(one, str) else one for one in loras]
-    return fit(skeletons, opened, partial=partial, widen=False)
+    return fit(skeletons, loras, partial=partial, widen=False)
 
 
 def load(

@@ -11,6 +11,7 @@ from .._family import Component, Family, Preset
 from .._index import read_index
 from . import embedded, rules, tiny
 from .config import TransformerConfig
+from .lora import LORA
 from .model import DEFAULT_GUIDANCE, bind
 from .network import Transformer
 from .settings import FluxSettings
@@ -78,4 +79,5 @@ FLUX1 = Family(
     parse_scheduler=partial(parse_flow_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=example,
+    lora=LORA,
 )

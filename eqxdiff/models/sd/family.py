@@ -13,6 +13,7 @@ from ..unet.rules import UNET
 from ..unet.settings import UNetSettings
 from . import tiny
 from .config import parse_index
+from .lora import LORA
 from .model import bind
 
 
@@ -80,6 +81,7 @@ STABLE_DIFFUSION = Family(
     parse_scheduler=partial(parse_discrete_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=tiny.files,
+    lora=LORA,
     controlnet=CONTROL_COMPONENT,
     control_config=control_config,
 )

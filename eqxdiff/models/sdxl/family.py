@@ -13,6 +13,7 @@ from ..unet.network import UNet
 from ..unet.rules import UNET
 from . import tiny
 from .config import parse_index
+from .lora import LORA
 from .model import bind
 from .settings import SDXLSettings
 
@@ -92,6 +93,7 @@ STABLE_DIFFUSION_XL = Family(
     parse_scheduler=partial(parse_discrete_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=tiny.files,
+    lora=LORA,
     controlnet=CONTROL_COMPONENT,
     control_config=control_config,
 )
