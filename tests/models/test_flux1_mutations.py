@@ -35,7 +35,7 @@ MUTATIONS = [
     Mutation(
         "shift and scale of the last norm",
         "dev-square",
-        f"{FLUX}.network:Transformer.__call__",
+        f"{FLUX}.network:Transformer.capture",
         "scale, shift = self.norm_out",
         "shift, scale = self.norm_out",
     ),
@@ -104,7 +104,7 @@ MUTATIONS = [
     Mutation(
         "rope in bfloat16",
         "dev-square",
-        f"{FLUX}.network:Transformer.__call__",
+        f"{FLUX}.network:Transformer.capture",
         "rope(positions,",
         "rope(positions.astype(jnp.bfloat16).astype(jnp.float32) * 1.001,",
     ),
@@ -193,14 +193,14 @@ MUTATIONS = [
     Mutation(
         "pooled state without the last norm",
         "dev-square",
-        f"{TEXT}.clip:CLIPTextModel.__call__",
+        f"{TEXT}.clip:CLIPTextModel.capture",
         "pooled = last_hidden_state[end]",
         "pooled = x[end]",
     ),
     Mutation(
         "end of text by id",
         "clip",
-        f"{TEXT}.clip:CLIPTextModel.__call__",
+        f"{TEXT}.clip:CLIPTextModel.capture",
         "jnp.argmax(tokens == self.eos_token_id)",
         "jnp.argmax(tokens)",
     ),
@@ -243,7 +243,7 @@ MUTATIONS = [
     Mutation(
         "T5 without its last norm",
         "dev-square",
-        f"{TEXT}.t5:T5Encoder.__call__",
+        f"{TEXT}.t5:T5Encoder.capture",
         "self.final_layer_norm(x)",
         "x",
     ),
