@@ -602,7 +602,7 @@ PROGRAMS = [
         "no correction",
         "unipc/leading",
         f"{SOLVERS}.unipc:UniPC.step",
-        "jnp.where(index > 0, corrected, x)",
+        "jnp.where(index > 0, corrected + (x - predicted), x)",
         "x",
     ),
     Mutation(
