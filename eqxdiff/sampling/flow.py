@@ -125,7 +125,8 @@ def flow_sigmas(
     kind: Spacing | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Schedule:
-    """Makes the schedule of a rectified flow: to float32 rounding, that of diffusers' FLUX pipeline.
+    """Makes the schedule of a rectified flow, which to float32 rounding is that of diffusers' FLUX
+    pipeline.
 
     **Arguments:**
 

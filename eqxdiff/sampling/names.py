@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from .._config import cut, shorten
 from .._errors import ConfigError, SettingError
-from .discrete import DiscreteSchedulerConfig, Grid
+from .discrete import Grid
+from .discrete_config import DiscreteSchedulerConfig
 from .parameterization import AbstractParameterization, Flow
 from .solvers import (
     DDIM,

@@ -41,7 +41,7 @@ class Schedule(eqx.Module):
     `s = sigma / alpha`. `alpha` may be 0 in row 0 (zero terminal SNR), and `sigma` need not be 0 in
     the last row. There z is larger than x, by 4e-4 at the smallest level of Stable Diffusion: where
     `final_sigmas_type` is `"sigma_min"`, Euler in diffusers hands on z, and here all samplers hand
-    on x. From zero terminal SNR z is so large that float32 loses four digits; x loses none.
+    on x. From zero terminal SNR z is 4096 times x, and loses digits in float32 that x keeps.
 
     **Arguments:**
 
