@@ -190,7 +190,7 @@ MUTATIONS = [
     Mutation(
         "no control of the middle",
         "control-sd2",
-        f"{UNET}:UNet.__call__",
+        f"{UNET}:UNet.capture",
         "x = x + residuals.mid",
         "pass",
     ),
