@@ -267,13 +267,13 @@ def test_gradients_reach_every_weight_and_the_prompt(reference):
 def test_what_is_embedded_must_be_given(reference):
     inputs = read_inputs(reference, "sdxl/square")
     plain = {name: inputs[name] for name in ("x", "context", "timestep")}
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sdxl"), plain)
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sd1"), inputs)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("lcm"), plain)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("sd1"), {**plain, "guidance": jnp.float32(7.5)})
 
 
