@@ -13,7 +13,8 @@ import numpy as np
 from .._errors import CheckpointError
 from ..checkpoint import AbstractTensorSource
 from ..checkpoint.source import show
-from ..models import AbstractFamily, LoraFormat
+from ..models import LoraFormat
+from .components import NamedFamily
 from .formats import check_names, find_format, split_name
 from .kinds import DeltaKind, Shape, Tensors, find_kind
 from .strength import Strength
@@ -151,7 +152,7 @@ def parse_adapter(
     name: str,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
-    families: Sequence[AbstractFamily] | None = None,
+    families: Sequence[NamedFamily] | None = None,
 ) -> Adapter:
     """Parses the tensors of an adapter.
 
@@ -281,7 +282,7 @@ class Alphas:
 
 
 def _by_component(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{"transformer.lora_alpha": 4}` -> `{"transformer": {"lora_alpha": 4}}`."""
+    """`{"NAME.lora_alpha": 4}` -> `{"NAME": {"lora_alpha": 4}}`."""
     configs: dict[str, dict[str, Any]] = {}
     for key, value in fields.items():
         component, _, field = key.rpartition(".")
