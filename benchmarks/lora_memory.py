@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from eqxdiff.checkpoint.safetensors import SafetensorsFile
 from load_memory import TABLE, Net, make, status
 
 from eqxdiff.checkpoint import TensorInfo, export_infos, load_module
-from eqxdiff.checkpoint.safetensors import SafetensorsFile
 from eqxdiff.checkpoint.save import write_tensors
 from eqxdiff.lora import Merger, fit, load as load_adapter
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
-from ..tensors import AbstractTensorSource, show
 from ..models import LoraFormat
+from ..tensors import AbstractTensorSource, show
 from .components import NamedFamily
 from .formats import check_names, find_format, split_name
 from .kinds import DeltaKind, Shape, Tensors, find_kind
