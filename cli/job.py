@@ -17,6 +17,7 @@ from eqxdiff.pipeline import (
     Blueprint,
     Job,
     Stages,
+    chunks,
     cuts,
     expand,
     generate_each,
@@ -25,7 +26,6 @@ from eqxdiff.pipeline import (
     png,
     run_record,
     share,
-    texts,
 )
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
@@ -59,9 +59,7 @@ def run(order: Order, report: AbstractReport) -> None:
     if order.save_latents is not None:
         check_suffix("--save-latents", order.save_latents)
     if order.offload and order.release:
-        raise SettingError(
-            "`offload` keeps the text encoders and `release` drops them: give one."
-        )
+        raise SettingError("`offload` keeps the text encoders and `release` drops them: give one.")
     targets = [*paths, *(() if order.save_latents is None else [order.save_latents])]
     with contextlib.ExitStack() as stack:
         stack.enter_context(libraries_tell(report))
@@ -101,13 +99,11 @@ def run(order: Order, report: AbstractReport) -> None:
         hashed = None if noise is None else digest(noise)
         made: list[dict[str, Any]] = []
         latents = {}
-        for picture in generate_each(
-            stages, jobs, batch_size=batch_size, progress=report.progress
-        ):
+        for picture in generate_each(stages, jobs, batch_size=batch_size, progress=report.progress):
             path = paths[picture.index]
             record = run_record(blueprint, stages.dtypes, hashed, inputs, batch_size)
-            chunks = {} if order.no_metadata else texts(picture, blueprint, record)
-            write_whole(path, png(picture, chunks), overwrite=order.overwrite)
+            tells = {} if order.no_metadata else chunks(picture, blueprint, record)
+            write_whole(path, png(picture, tells), overwrite=order.overwrite)
             report.file(path)
             made.append({"file": str(path), "prompt": picture.prompt, "seed": picture.seed})
             latents[picture.index] = picture.latent

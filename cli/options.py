@@ -134,5 +134,3 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _panel(parameter: inspect.Parameter) -> str:
     (option,) = (each for each in parameter.annotation.__metadata__)
     return getattr(option, "rich_help_panel", None) or ""
-
-

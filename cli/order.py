@@ -15,7 +15,7 @@ Stage = Literal["text"]
 
 
 def _option(panel: str, *flags: str, **more: Any) -> Any:
-    return Option(*flags, rich_help_panel=panel, **more)
+    return Option(*flags, rich_help_panel=panel, **{"show_default": True, **more})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,21 @@ class Order:
     prompt: Annotated[
         list[str] | None,
         _option(
-            "Picture", "--prompt", "-p", help="What to show. May be repeated.", metavar="TEXT"
+            "Picture",
+            "--prompt",
+            "-p",
+            help="What to show. May be repeated.",
+            metavar="TEXT",
+            show_default="none",
         ),
     ] = None
     prompt_file: Annotated[
         str | None,
-        _option("Picture", help="A file with a prompt on each line; - is standard input."),
+        _option(
+            "Picture",
+            help="A file with a prompt on each line; - is standard input.",
+            show_default="none",
+        ),
     ] = None
     seed: Annotated[
         int | None,
@@ -57,6 +66,7 @@ class Order:
             "Picture",
             help="Where --image is made anew: white, and black where it is kept.",
             metavar="FILE",
+            show_default="none",
         ),
     ] = None
     mask_blur: Annotated[
@@ -80,6 +90,7 @@ class Order:
             "canny=photo.png@0.5. NET is a name, repository or folder; scale and steps may be left "
             "out. May be repeated.",
             metavar="NET=IMAGE",
+            show_default="none",
         ),
     ] = None
     control_guess: Annotated[
@@ -132,6 +143,7 @@ class Order:
             "scale for all or for parts, as in a.safetensors@unet=0.8,text_encoder=0.4. "
             "May be repeated.",
             metavar="SPEC",
+            show_default="none",
         ),
     ] = None
     lora_partial: Annotated[
@@ -175,9 +187,7 @@ class Order:
     ] = None
     compile_cache: Annotated[
         Path | None,
-        _option(
-            "Memory", help="Where to keep compiled programs.", show_default="the user's cache"
-        ),
+        _option("Memory", help="Where to keep compiled programs.", show_default="the user's cache"),
     ] = None
     no_compile_cache: Annotated[
         bool, _option("Memory", "--no-compile-cache", help="Keep no compiled programs.")

@@ -20,6 +20,7 @@ from eqxdiff.sampling import (
     GuidedDenoiser,
     Heun,
     Hook,
+    Schedule,
     Unguided,
     UniPC,
     add_noise,
@@ -182,14 +183,14 @@ def test_posterior_sampling_moves_the_sample_to_a_measurement():
     measured = operator @ jnp.asarray(fake_tensor("truth", (SIZE,))) * 5
 
     def misfit(x, row, denoise):
-        return jnp.linalg.norm(operator @ denoise(x, row) - measured)
+        return jnp.sum((operator @ denoise(x, row) - measured) ** 2)
 
     def towards_measurement(x0, x, row, denoise):
-        return x0 - 0.3 * jax.grad(misfit)(x, row, denoise)
+        return x0 - jax.grad(misfit)(x, row, denoise)
 
-    run = lambda hooks: sample(prior, noise(), flow_schedule(100), Euler(), hooks=hooks)
+    run = lambda hooks: sample(prior, noise(), flow_schedule(50), Euler(), hooks=hooks)
     off = lambda x: float(jnp.linalg.norm(operator @ x - measured) / jnp.linalg.norm(measured))
-    assert off(run([])) > 0.8
+    assert off(run([])) > 1.0
     assert off(run([Hook(on_x0=towards_measurement)])) < 0.2
 
 
@@ -197,10 +198,11 @@ def test_gradients_flow_through_a_hooked_sample(x64):
     wide = lambda a: jnp.asarray(np.asarray(a, np.float64))
     model = jax.tree.map(wide, denoiser())
     schedule = jax.tree.map(wide, flow_schedule(4))
+    text, x = wide(TEXT), wide(noise())
 
     def loss(scale):
-        hooks = [Hook(Towards(wide(TEXT), scale), Blend(scale, wide(TEXT), wide(noise())))]
-        return jnp.sum(sample(model, wide(noise()), schedule, Heun(True), hooks=hooks) ** 2)
+        hooks = [Hook(Towards(text, scale), Blend(scale, text, x))]
+        return jnp.sum(sample(model, x, schedule, Heun(True), hooks=hooks) ** 2)
 
     loss = jax.jit(loss)
     gradient, h = jax.grad(loss)(jnp.asarray(0.4)), 1e-5
@@ -228,6 +230,19 @@ def test_blending_keeps_a_part_and_repaints_the_rest(solver):
     np.testing.assert_allclose(x[2:], free[2:], rtol=1e-4, atol=1e-5)
     half = sample(model, unit, schedule, solver, hooks=[Hook(on_x=Blend(mask / 2, clean, unit))])
     assert relative_error(half[2:], free[2:]) > 0.01
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun(), DPMpp2M(), UniPC()])
+def test_a_solver_carries_on_what_a_hook_makes_of_x(solver):
+    """With the data in one point a solver is exact, from wherever a hook puts x. (PNDM and LMS look
+    back at slopes, which were those of another x.)"""
+    point = Gaussian(TEXT, jnp.zeros(SIZE))
+    sigma = np.linspace(0.9, 0.3, 7)
+    schedule = Schedule.init(np.sqrt(1 - sigma**2), sigma, 1000 * sigma)
+    move = lambda x, x0, moment: jnp.where(moment.index == 3, x + 1, x)
+    free = sample(point, noise(), schedule, solver)
+    moved = sample(point, noise(), schedule, solver, hooks=[Hook(on_x=move)])
+    np.testing.assert_allclose(moved - free, sigma[-1] / sigma[4], rtol=1e-4)
 
 
 def test_a_plain_function_is_a_denoiser():

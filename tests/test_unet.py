@@ -14,8 +14,8 @@ from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
 from eqxdiff._errors import ConfigError
 from eqxdiff.checkpoint import check, export_infos, leaf_paths, load_module, read_table
-from eqxdiff.models.unet.network import AddedConditioning, Residuals, UNet
 from eqxdiff.models.unet.config import UNetConfig
+from eqxdiff.models.unet.network import AddedConditioning, Residuals, UNet
 from eqxdiff.models.unet.rules import UNET
 from eqxdiff.nn import GroupNorm, LayerNorm
 from eqxdiff.sharding import logical_axes

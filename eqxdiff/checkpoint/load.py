@@ -59,7 +59,7 @@ def _segment(entry: Any) -> str:
             return name
         case jax.tree_util.SequenceKey(idx=index):
             return str(index)
-        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedBoxKey(key=key):
+        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
             return str(key)
     raise TypeError(f"{entry!r} is no step of a path")
 

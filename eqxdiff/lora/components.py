@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from ..checkpoint import Table, read_table
-from ..convert.recognise import FORMS
 from ..checkpoint.load import dotted, is_leaf
 from ..checkpoint.plan import Move
+from ..convert.recognise import FORMS
 from ..models import Component, Family, families as known_families
 
 

@@ -78,9 +78,7 @@ first format of which one of its names has the mark. `FLAT` and `DOTTED` stand f
 that the families list, and `COMPONENT` for the names of their components."""
 
 
-def find_format(
-    names: Iterable[str], families: Sequence[Family] | None = None
-) -> LoraFormat:
+def find_format(names: Iterable[str], families: Sequence[Family] | None = None) -> LoraFormat:
     """Returns the format of a file with tensors of these names."""
     names = list(names)
     marked = (f for f in _formats(families) if any(re.search(f.mark, name) for name in names))

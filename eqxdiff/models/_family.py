@@ -110,7 +110,7 @@ class Family:
     parse_scheduler: Callable[[Mapping[str, Any]], Any]
     bind: Callable[[str, Any, Configs], AbstractModel]
     example: Callable[[str], Mapping[str, str]]
-    lora: LoraNames = LoraNames()
+    lora: LoraNames = dataclasses.field(default_factory=LoraNames)
     controlnet: Component | None = None
     control_config: Callable[[Configs, Mapping[str, Any] | None], Any] = no_controlnets
 

@@ -18,7 +18,6 @@ from ..sampling import (
     Schedule,
 )
 from ..text import Tokenized, Tokenizer
-from ._settings import Settings
 
 
 Modules = Mapping[str, Any]
@@ -69,7 +68,8 @@ class Inputs(eqx.Module):
 
     - `image`: the latent of the input picture.
     - `mask`: where the picture is made anew: 1, and 0 where it is kept; of the latent's size.
-    - `masked`: the latent of the input picture without the masked part, for a model that `inpaints`.
+    - `masked`: the latent of the input picture without the masked part, for models that `inpaints`
+        is true for.
     - `controls`: one for each ControlNet.
     """
 
@@ -105,13 +105,16 @@ class AbstractModel(eqx.Module):
 
     - `name`: what errors call it.
     - `defaults`: the settings that hold where nothing else is given.
-    - `inpaints`: whether the network itself takes a mask and the masked picture. For other models
-        the sampler blends the kept part into the latents.
     """
 
     name: eqx.AbstractVar[str]
-    defaults: eqx.AbstractVar[Settings]
-    inpaints: eqx.AbstractVar[bool]
+    defaults: eqx.AbstractVar[Any]
+
+    @property
+    @abc.abstractmethod
+    def inpaints(self) -> bool:
+        """Whether the network itself takes a mask and the masked picture. For other models the
+        sampler blends the kept part into the latents."""
 
     @abc.abstractmethod
     def resolve(self, given: Mapping[str, Any]) -> Any:

@@ -197,7 +197,7 @@ def _checked(name: str, value: Any, hint: Any, declared: Declaration) -> Any:
     if isinstance(value, int | float):
         check_range(name, value, declared.low, declared.high)
     if declared.choices is not None:
-        check_choice(name, value, declared.choices)
+        check_choice(name, str(value), declared.choices)
     return value
 
 
@@ -238,9 +238,9 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise SettingError(f"`{name}` {value} is out of range: it is {bounds}.")
 
 
-def check_choice(name: str, value: str | None, choices: Collection[str]) -> None:
-    """**Raises:** `SettingError` where a setting is given and not among `choices`."""
-    if value is not None and value not in choices:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """**Raises:** `SettingError` where a setting is not among `choices`."""
+    if value not in choices:
         near = difflib.get_close_matches(value, choices, 1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise SettingError(f"`{name}` {value!r} is not one of {', '.join(choices)}.{hint}")
@@ -293,9 +293,7 @@ def guider_of(settings: GuidedSettings, scale: float | None, schedule: Schedule)
     **Raises:** `SettingError` where guidance would act on no step.
     """
     start, end = settings.guidance_start, settings.guidance_end
-    interval = Interval.over(
-        schedule, start or 0.0, 1.0 if end is None else end, name="Guidance"
-    )
+    interval = Interval.over(schedule, start or 0.0, 1.0 if end is None else end, name="Guidance")
     rescale = settings.guidance_rescale or None
     return ClassifierFree(
         jnp.asarray(scale, jnp.float32),

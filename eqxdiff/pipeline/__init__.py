@@ -18,10 +18,10 @@ from .generate import (
 from .open import load as load, open_model as open_model
 from .pipeline import Pipeline as Pipeline
 from .record import (
+    chunks as chunks,
     parameters as parameters,
     png as png,
     run_record as run_record,
-    texts as texts,
 )
 from .request import (
     ControlImage as ControlImage,

@@ -261,9 +261,7 @@ def _pictures(
         if array is not None:
             array = paste_back(job.request, job.pixels, array)
         pictures.append(
-            Picture(
-                array, latent, job.index, job.request.text, job.request.seed, job.settings
-            )
+            Picture(array, latent, job.index, job.request.text, job.request.seed, job.settings)
         )
     return pictures
 

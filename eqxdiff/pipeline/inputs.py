@@ -79,7 +79,8 @@ def paste_back(request: Request, pixels: Pixels | None, made: np.ndarray) -> np.
     """Puts a part that was worked on into its picture, in [0, 1]."""
     if pixels is None or pixels.region is None:
         return made
-    assert request.image is not None and request.mask is not None
+    assert request.image is not None
+    assert request.mask is not None
     return to_unit(paste(request.image, made, request.mask, pixels.region))
 
 

@@ -124,9 +124,7 @@ def _controlnets(
     return found
 
 
-def _tokenizers(
-    family: Family, source: Source, configs: Mapping[str, Any]
-) -> dict[str, Tokenizer]:
+def _tokenizers(family: Family, source: Source, configs: Mapping[str, Any]) -> dict[str, Tokenizer]:
     tokenizers = {part: Tokenizer.load(source.folder(part)) for part in family.tokenizers}
     for part, encoder in family.tokenizers.items():
         size, known = tokenizers[part].vocab_size, configs[encoder].vocab_size

@@ -63,9 +63,7 @@ def run_record(
     }
 
 
-def texts(
-    picture: Picture, blueprint: Blueprint, record: Mapping[str, Any]
-) -> dict[str, str]:
+def chunks(picture: Picture, blueprint: Blueprint, record: Mapping[str, Any]) -> dict[str, str]:
     """Returns the text chunks of a PNG.
 
     **Arguments:**
@@ -141,10 +139,10 @@ def sampler_name(settings: Any, solver: AbstractSolver) -> tuple[str, str | None
     return (names or [own.__name__])[0], None if kind is None else kind.capitalize()
 
 
-def png(picture: Picture, chunks: Mapping[str, str]) -> bytes:
+def png(picture: Picture, texts: Mapping[str, str]) -> bytes:
     """Returns the picture as a PNG file with text chunks."""
     info = PngInfo()
-    for key, text in chunks.items():
+    for key, text in texts.items():
         info.add_text(key, text)
     buffer = io.BytesIO()
     picture.image.save(buffer, "PNG", pnginfo=info)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -45,7 +46,8 @@ class ControlImage:
             )
         check_range("control_scale", self.scale, 0)
         interval = Interval.over(schedule, self.start, self.end, name="A control image")
-        return Control(pixels, np.float32(self.scale), interval, self.guess)
+        scale = jnp.asarray(self.scale, jnp.float32)
+        return Control(jnp.asarray(pixels), scale, interval, self.guess)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,9 +121,7 @@ def expand(
             prompt = dataclasses.replace(prompt, settings={**given, **prompt.settings})
         else:
             prompt = Request(prompt, seed, given, **fields)
-        requests += [
-            dataclasses.replace(prompt, seed=prompt.seed + k) for k in range(num_images)
-        ]
+        requests += [dataclasses.replace(prompt, seed=prompt.seed + k) for k in range(num_images)]
     if not requests:
         raise PromptError("There is no prompt: give at least one.")
     return requests

@@ -27,7 +27,7 @@ class Step(NamedTuple):
     `x` is given away to the next step: who wants to keep it copies it before.
     """
 
-    index: int
+    number: int
     """How many steps came before."""
 
     row: Row

@@ -2,7 +2,7 @@
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -95,14 +95,15 @@ class Stages(AbstractStages):
                 self._loaded["text"] = Parked(modules)
 
     def modules(self, stage: str) -> dict[str, Any]:
-        if stage not in self._loaded:
-            names = self.blueprint.names(stage)
+        modules = self._loaded.get(stage)
+        if modules is None:
             with self.clock("load"):
-                self._loaded[stage] = self.blueprint.load(names, progress=self._progress)
-            self.dtypes |= dtypes_of(self._loaded[stage])
-        modules = self._loaded[stage]
-        if isinstance(modules, Parked):
-            modules = self._loaded[stage] = modules.back()
+                names = self.blueprint.names(stage)
+                modules = self.blueprint.load(names, progress=self._progress)
+            self.dtypes |= dtypes_of(modules)
+        elif isinstance(modules, Parked):
+            modules = modules.back()
+        self._loaded[stage] = modules
         return modules
 
 
@@ -143,5 +144,3 @@ def no_clock(what: str) -> Iterator[None]:
 def stages_of(source: Pipeline | AbstractStages) -> AbstractStages:
     """Returns the stages of a loaded pipeline, or stages as they are."""
     return LoadedStages(source) if isinstance(source, Pipeline) else source
-
-

@@ -16,8 +16,8 @@ from jaxtyping import PyTree
 from PIL import Image
 
 from .._errors import CheckpointError, TrainingError
-from ..pipeline import Pipeline, generate, to_bytes
 from ..models import PROMPT
+from ..pipeline import Pipeline, generate, to_bytes
 from ..sampling.flow import FlowSchedulerConfig
 from .config import TrainConfig
 from .data import Example, batch_of, dropped, pick, read_folder, read_image

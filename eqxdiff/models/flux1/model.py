@@ -32,7 +32,10 @@ class FluxModel(AbstractModel):
     transformer: TransformerConfig = eqx.field(static=True)
     vae: AutoencoderKLConfig = eqx.field(static=True)
     scheduler: FlowSchedulerConfig = eqx.field(static=True)
-    inpaints: bool = eqx.field(static=True, default=False)
+
+    @property
+    def inpaints(self) -> bool:
+        return False
 
     def resolve(self, given: Mapping[str, Any]) -> FluxSettings:
         settings = complete(FluxSettings, given, self.defaults, self.name)
@@ -71,9 +74,7 @@ class FluxModel(AbstractModel):
         pooled = modules["text_encoder"](tokens.clip, dtype=dtype).pooled
         return FluxCondition(modules["text_encoder_2"](tokens.t5, dtype=dtype), pooled)
 
-    def condition(
-        self, encoded: FluxCondition, settings: FluxSettings, role: str
-    ) -> FluxCondition:
+    def condition(self, encoded: FluxCondition, settings: FluxSettings, role: str) -> FluxCondition:
         return encoded
 
     def shared(self, inputs: Inputs, settings: FluxSettings) -> FluxShared:

@@ -10,20 +10,20 @@ class FluxSettings(GuidedSettings, SampledSettings):
     """The settings of FLUX.1."""
 
     prompt_2: str | None = setting(
-        "The prompt for T5.",
+        "The prompt for the second text encoder.",
         "Picture",
         absent="the prompt",
         a1111=lambda value: {"Prompt 2": value},
     )
     negative_prompt_2: str | None = setting(
-        "The negative prompt for T5.",
+        "The negative prompt for the second text encoder.",
         "Guidance",
         absent="the negative prompt",
         guided=True,
         a1111=lambda value: {"Negative prompt 2": value},
     )
     guidance: float | None = setting(
-        "How much the prompt counts: the scale that a guidance-distilled model embeds.",
+        "How much the prompt counts: the scale of the model's own guidance.",
         "Guidance",
         flags=("g", "guidance_scale"),
         absent="3.5 where it is embedded",
@@ -36,7 +36,11 @@ class FluxSettings(GuidedSettings, SampledSettings):
         absent="1",
     )
     max_sequence_length: int = setting(
-        "How many tokens of a prompt T5 sees.", "Picture", default=512, low=1, high=512
+        "How many tokens of a prompt the second text encoder sees.",
+        "Picture",
+        default=512,
+        low=1,
+        high=512,
     )
     shift: float | None = setting(
         "The static shift of the noise levels.",

@@ -65,9 +65,7 @@ class SDXLModel(AbstractUNetModel):
         context = jnp.concatenate([first.hidden_state, second.hidden_state], axis=-1)
         return EncodedPrompt(context, second.text_embeds)
 
-    def condition(
-        self, encoded: EncodedPrompt, settings: SDXLSettings, role: str
-    ) -> UNetCondition:
+    def condition(self, encoded: EncodedPrompt, settings: SDXLSettings, role: str) -> UNetCondition:
         negative = role != PROMPT
         absent = settings.negative_prompt is None and settings.negative_prompt_2 is None
         if negative and absent and self.configs.pipeline.force_zeros_for_empty_prompt:

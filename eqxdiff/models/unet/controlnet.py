@@ -17,6 +17,8 @@ from ..._config import parse_config
 from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
 from ...nn import Conv2d, EmbeddingMLP, silu
+from .blocks import DownBlock, MidBlock
+from .config import IGNORED, SUPPORTED, UNetConfig
 from .network import (
     AddedConditioning,
     Residuals,
@@ -25,8 +27,6 @@ from .network import (
     init_added,
     skip_channels,
 )
-from .blocks import DownBlock, MidBlock
-from .config import IGNORED, SUPPORTED, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,7 @@ class AbstractUNetModel(AbstractModel):
 
     ays: eqx.AbstractClassVar[Sequence[float]]
     settings: eqx.AbstractClassVar[type[UNetSettings]]
-    configs: eqx.AbstractVar[UNetConfigs]
+    configs: eqx.AbstractVar[Any]
 
     @property
     def inpaints(self) -> bool:
@@ -147,6 +147,7 @@ class AbstractUNetModel(AbstractModel):
 
     def recipe(self, settings: Any) -> Recipe:
         vae, scheduler = self.configs.vae, self._scheduler(settings)
+        h, w = settings.height // vae.downscale, settings.width // vae.downscale
         sampler = self._sampler(settings)
         schedule = discrete_schedule(
             scheduler,
@@ -158,7 +159,7 @@ class AbstractUNetModel(AbstractModel):
         ).since(image_step(settings))
         parameterization = parameterization_of(scheduler.prediction_type)
         return Recipe(
-            (settings.height // vae.downscale, settings.width // vae.downscale, vae.latent_channels),
+            (h, w, vae.latent_channels),
             schedule,
             sampler.solver_for(parameterization, eta=settings.eta),
             parameterization,

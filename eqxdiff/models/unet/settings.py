@@ -10,7 +10,7 @@ class UNetSettings(GuidedSettings, SampledSettings):
     """The settings of Stable Diffusion."""
 
     guidance: float | None = setting(
-        "How much the prompt counts: the scale of classifier-free guidance; 1 or 0 is off.",
+        "How much the prompt counts: the scale of the model's own guidance.",
         "Guidance",
         low=0,
         flags=("g", "guidance_scale"),
