@@ -140,7 +140,7 @@ class SpatialTransformer(eqx.Module):
     ) -> Float[Array, "h w c"]:
         y = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
         attend = lambda block, y: block(y, context)
-        y = fold(self.transformer_blocks, y, attend, remat=remat)
+        y, _ = fold(self.transformer_blocks, y, attend, remat=remat)
         return x + self.proj_out(y.reshape(x.shape))
 
 
