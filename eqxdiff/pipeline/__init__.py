@@ -4,6 +4,7 @@ from .batch import (
     Example as Example,
     Job as Job,
     cuts as cuts,
+    initial_noise as initial_noise,
     make_jobs as make_jobs,
     to_bytes as to_bytes,
 )
