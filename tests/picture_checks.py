@@ -4,7 +4,6 @@ import contextlib
 from functools import cache
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np

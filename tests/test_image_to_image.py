@@ -3,8 +3,6 @@
 import dataclasses
 import json
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,7 +93,7 @@ def test_strength_1_ignores_the_picture(root):
 @pytest.mark.parametrize("model", ["sd15", "flux-dev"])
 def test_strength_decides_on_the_steps_as_in_diffusers(model, tmp_path):
     """Stable Diffusion rounds the number of steps down, and FLUX.1 that of those left out."""
-    from eqxdiff.checkpoint.example import write_example
+    from eqxdiff.convert.example import write_example
 
     write_example(model, tmp_path / model)
     plan = eqxdiff.open_model(model, str(tmp_path / model))
@@ -107,7 +105,7 @@ def test_strength_decides_on_the_steps_as_in_diffusers(model, tmp_path):
                 left = steps - int(max(steps - min(steps * strength, steps), 0))
             given = {"steps": steps, "strength": strength}
             if left == 0:
-                with pytest.raises(eqxdiff.SettingError, match="`strength` .* leaves none of"):
+                with pytest.raises(eqxdiff.SettingError, match=r"`strength` \S+ leaves none of"):
                     plan.resolve(given)
                 continue
             schedule = plan.model.recipe(plan.resolve(given)).schedule
@@ -145,6 +143,7 @@ def test_another_picture_recompiles_nothing(root):
     pipe, case = load(name, root), CASES[name]
     (request,) = requests_of(case)
     with compiled_fast():
+        eqxdiff.generate(pipe, dataclasses.replace(request, encode_noise=None))  # draws it once
         first = eqxdiff.generate(pipe, request)
         with count_compilations() as compiled:
             for changes in (
@@ -164,11 +163,12 @@ def test_pictures_of_one_batch_do_not_mix(root):
     name = "sd15-euler-batch"
     pipe, case = load(name, root), CASES[name]
     requests = requests_of(case, noise=None, encode_noise=None, seed=5)
-    both = eqxdiff.generate(pipe, requests, batch_size=2)
-    assert np.array_equal(both.latents, eqxdiff.generate(pipe, requests, batch_size=2).latents)
-    for index, request in enumerate(requests):
-        alone = eqxdiff.generate(pipe, [request] * 2, batch_size=2)
-        assert relative_error(alone.latents[0], both.latents[index]) < 1e-5
+    with compiled_fast():
+        both = eqxdiff.generate(pipe, requests, batch_size=2)
+        again = eqxdiff.generate(pipe, requests, batch_size=2)
+        alone = [eqxdiff.generate(pipe, [one] * 2, batch_size=2).latents[0] for one in requests]
+    assert np.array_equal(both.latents, again.latents)
+    assert relative_error(np.stack(alone), both.latents) < 1e-5
 
 
 def test_one_picture_serves_all_prompts_of_a_call(root):
@@ -178,26 +178,12 @@ def test_one_picture_serves_all_prompts_of_a_call(root):
     requests = requests_of(case)
     image, settings = requests[0].image, dict(requests[0].settings)
     shared = [dataclasses.replace(one, image=image) for one in requests]
-    wanted = eqxdiff.generate(pipe, shared, batch_size=2).latents
     both = {n: np.stack([getattr(one, n) for one in requests]) for n in ("noise", "encode_noise")}
     prompts = case["prompts"]
-    found = eqxdiff.generate(pipe, prompts, image=image, batch_size=2, **both, **settings).latents
-    assert np.array_equal(found, wanted)
-
-
-def test_a_gradient_reaches_the_latent_of_the_picture(root):
-    name = "sd15-ddim"
-    pipe, (request,) = load(name, root), requests_of(CASES[name])
-    example = eqxdiff.prepare(pipe, request)
-
-    def loss(clean):
-        moved = eqx.tree_at(lambda e: e.clean, example, clean)
-        return jnp.sum(eqxdiff.sample_latent(pipe, moved) ** 2)
-
     with compiled_fast():
-        gradient = eqx.filter_jit(jax.grad(loss))(example.clean)
-    assert np.isfinite(gradient).all()
-    assert np.abs(gradient).max() > 1e-3
+        wanted = eqxdiff.generate(pipe, shared, batch_size=2)
+        found = eqxdiff.generate(pipe, prompts, image=image, batch_size=2, **both, **settings)
+    assert np.array_equal(found.latents, wanted.latents)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +196,7 @@ def test_a_gradient_reaches_the_latent_of_the_picture(root):
         ({"strength": 0.1}, "`strength` 0.1 leaves none of 5 steps"),
         ({"image": np.zeros((64, 96))}, "`image` has the shape"),
         ({"image": np.full((64, 96, 3), 1.5)}, "`image` has values out of range"),
-        ({"encode_noise": fake_noise(4, 8, 8)}, "`encode_noise` has the shape"),
+        ({"noise": None, "encode_noise": fake_noise(4, 8, 8)}, "`encode_noise` has the shape"),
         ({"encode_noise": fake_noise(4, 8, 12) * np.nan}, "`encode_noise` is not made of finite"),
         ({"mask_blur": 2.0}, "`mask_blur` would be ignored without `mask`"),
         ({"mask_crop": 2}, "`mask_crop` would be ignored without `mask`"),
