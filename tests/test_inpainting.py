@@ -1,4 +1,4 @@
-"""Pictures from pictures and masks, of every family and of UNets that inpaint, against diffusers."""
+"""Pictures from pictures and masks against diffusers: every family, and UNets that inpaint."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_a_white_mask_is_image_to_image(root):
         kept = channels_first([eqxdiff.prepare(pipe, request).clean])
         assert relative_error(run(1.0), none) < 1e-6
         errors = [relative_error(run(grey), kept) for grey in (0.9, 0.5, 0.1)]
-    assert 1 > errors[0] > 1.2 * errors[1] > 1.4 * errors[2] > 0
+    assert errors[0] > 1.2 * errors[1] > 1.4 * errors[2] > 0
 
 
 def test_outside_the_crop_no_pixel_changes(root):
@@ -100,7 +100,7 @@ def test_outside_the_crop_no_pixel_changes(root):
 
 @pytest.mark.parametrize("crop", [None, 4])
 def test_a_blur_softens_the_edge_of_the_mask(crop, root):
-    """It is the same as a mask that was blurred before, for what is repainted and what is pasted."""
+    """It is the same as a mask that was blurred before, for sampling as for pasting."""
     name = "sd15-inpaint-crop"
     pipe, (request,) = load(name, root), requests_of(CASES[name], mask_crop=crop)
     hard = np.where(request.mask >= 128, np.uint8(255), np.uint8(0))
@@ -174,6 +174,6 @@ def test_what_cannot_be_is_refused(name, changes, message, root):
     kept = {n: v for n, v in request.settings.items() if n not in changes}
     if "image" in changes:
         given["encode_noise"] = None
+    pipe, request = load(name, root), dataclasses.replace(request, settings=kept, **given)
     with pytest.raises(eqxdiff.SettingError, match=message):
-        request = dataclasses.replace(request, settings=kept, **given)
-        eqxdiff.generate(load(name, root), request)
+        eqxdiff.generate(pipe, request)
