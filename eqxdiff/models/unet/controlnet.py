@@ -17,6 +17,8 @@ from ..._config import parse_config
 from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
 from ...nn import AbstractConv2d, Conv2d, EmbeddingMLP, silu
+from .blocks import DownBlock, MidBlock
+from .config import IGNORED, SUPPORTED, UNetConfig
 from .network import (
     AddedConditioning,
     Residuals,
