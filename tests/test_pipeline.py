@@ -55,16 +55,21 @@ def test_cfg_recompiles_once_and_not_for_its_value(pipe):
 def test_image_k_starts_from_the_noise_of_seed_plus_k():
     """Bit for bit: alone, in any batch and on any mesh."""
     shape = (4, 6, 8)
-    alone = jnp.concatenate([initial_noise([seed], shape) for seed in (5, 6, 7, 8)])
-    assert jnp.array_equal(initial_noise([5, 6, 7, 8], shape), alone)
-    key = jax.random.key(6, impl="threefry2x32")
-    assert jnp.array_equal(alone[1], jax.random.normal(key, shape, jnp.float32))
+    keys = [jax.random.key(seed, impl="threefry2x32") for seed in (5, 6, 7, 8)]
+    alone = jnp.stack([initial_noise(key, shape) for key in keys])
+    assert jnp.array_equal(alone[1], jax.random.normal(keys[1], shape, jnp.float32))
+    together = jax.vmap(lambda key: initial_noise(key, shape))
+    assert jnp.array_equal(together(jnp.stack(keys)), alone)
     mesh = eqxdiff.make_mesh(data=2, fsdp=2)
-    spread = jax.jit(
-        lambda: initial_noise([5, 6, 7, 8], shape),
-        out_shardings=jax.NamedSharding(mesh, jax.P("data", "fsdp")),
-    )
-    assert jnp.array_equal(spread(), alone)
+    spread = jax.jit(together, out_shardings=jax.NamedSharding(mesh, jax.P("data", "fsdp")))
+    assert jnp.array_equal(spread(jnp.stack(keys)), alone)
+
+
+def test_a_request_starts_from_the_noise_of_its_seed(pipe):
+    example = eqxdiff.prepare(pipe, "a cat", seed=3, **SMALL)
+    key = jax.random.key(3, impl="threefry2x32")
+    noise = jax.random.normal(key, (4, 4, 6), jnp.float32)
+    assert jnp.array_equal(example.noise, noise.transpose(1, 2, 0))
 
 
 def test_batches_change_no_picture(pipe, picture):
@@ -81,7 +86,8 @@ def test_batches_change_no_picture(pipe, picture):
 
 
 def test_injected_noise_takes_the_place_of_the_seed(pipe, picture):
-    noise = np.asarray(initial_noise([3], (4, 4, 6)))
+    key = jax.random.key(3, impl="threefry2x32")
+    noise = np.asarray(initial_noise(key, (4, 4, 6)))[None]
     again = eqxdiff.generate(pipe, "a cat", noise=noise, **SMALL)
     assert np.array_equal(again.latents, picture.latents)
     other = eqxdiff.generate(pipe, "a cat", noise=fake_noise(1, 4, 4, 6), **SMALL)
@@ -147,18 +153,18 @@ def test_a_mesh_changes_no_picture(folder, picture):
     [
         ({"height": 40}, "height 40 is not a multiple of 16: use 32 or 48"),
         ({"width": 0}, "width 0 is not a multiple of 16: use 16"),
-        ({"steps": 0}, "--steps 0 is out of range"),
-        ({"steps": 2.5}, "--steps 2.5 is not of type int"),
-        ({"guidance": "3"}, "--guidance '3' is not of type float"),
-        ({"negative_prompt": "grey"}, "would ignore --negative-prompt"),
-        ({"negative_prompt": "grey", "cfg": 1.0}, "give --cfg above 1"),
-        ({"shift": -1.0}, "--shift -1.0 is out of range"),
+        ({"steps": 0}, "`steps` 0 is out of range"),
+        ({"steps": 2.5}, "`steps` 2.5 is not of type int"),
+        ({"guidance": "3"}, "`guidance` '3' is not of type float"),
+        ({"negative_prompt": "grey"}, "would ignore `negative_prompt`"),
+        ({"negative_prompt": "grey", "cfg": 1.0}, "give `cfg` above 1"),
+        ({"shift": -1.0}, "`shift` -1.0 is out of range"),
         ({"shift": float("nan")}, "not a finite number"),
         ({"max_sequence_length": 513}, "from 1 to 512"),
-        ({"step": 3}, "Did you mean steps"),
-        ({"seed": -1}, "--seed -1"),
-        ({"num_images": 0}, "--num-images 0"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"step": 3}, "Did you mean `steps`"),
+        ({"seed": -1}, "`seed` -1"),
+        ({"num_images": 0}, "`num_images` 0"),
+        ({"batch_size": 0}, "`batch_size` 0"),
         ({"sampler": "oiler"}, "[Ee]uler"),
     ],
     ids=str,

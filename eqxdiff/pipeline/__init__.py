@@ -4,7 +4,9 @@ from .batch import (
     Example as Example,
     Job as Job,
     cuts as cuts,
+    initial_noise as initial_noise,
     make_jobs as make_jobs,
+    stack_examples as stack_examples,
     to_bytes as to_bytes,
 )
 from .blueprint import Blueprint as Blueprint, Progress as Progress

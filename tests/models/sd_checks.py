@@ -1,6 +1,7 @@
 """The pipelines of Stable Diffusion against diffusers, stage by stage, from the same noise."""
 
 import contextlib
+import importlib
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from helpers import FIXTURES, fake_noise, relative_error
 from sd_files import CASES, picture, write_case
 
 import eqxdiff
-from eqxdiff import pipeline
+from eqxdiff.pipeline import expand, generate_each, sample, share, texts, to_bytes
 
+
+generating = importlib.import_module("eqxdiff.pipeline.generate")
 
 OTHERS = ("gain", "model", "prompts", "others", "controls", "scheduler", "reference")
 """What is in a case besides settings."""
@@ -60,18 +63,17 @@ def fast(function):
 def compiled_fast(*, sampling: bool = True):
     """Within it, pipelines are compiled sooner. It gives a list that the latents, (n, c, h, w), are
     added to after each step. Without sampling the noise is what is decoded."""
-    latents, names = [], ("_encode", "_start", "_step", "_decode")
-    functions = {name: fast(getattr(pipeline, name).__wrapped__) for name in names}
+    latents, one = [], fast(sample._step.__wrapped__)
 
     def step(fixed, x, state):
-        if sampling:
-            x, state = functions["_step"](fixed, x, state)
-        latents.append(np.asarray(x).transpose(0, 3, 1, 2))
-        return x, state
+        made = one(fixed, x, state) if sampling else (x, x, None, state)
+        latents.append(np.asarray(made[0]).transpose(0, 3, 1, 2))
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in {**functions, "_step": step}.items():
-            patch.setattr(pipeline, name, function)
+        patch.setattr(sample, "_step", step)
+        for module, name in ((texts, "_encode"), (sample, "_begin"), (generating, "decode_batch")):
+            patch.setattr(module, name, fast(getattr(module, name).__wrapped__))
         yield latents
 
 
@@ -94,27 +96,22 @@ def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     case = CASES[name]
     with compiled_fast():
         encoded = loaded(name, root).encode(case["prompts"], **given(case))
-    conditional = encoded.conditional
+    said = encoded.roles["prompt"]
     pooled = f"{name}/pooled" in read_reference()
-    assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
+    assert_agrees(said.context if pooled else said, f"{name}/context", 5e-6, 5)
     if pooled:
-        assert_agrees(conditional.pooled, f"{name}/pooled", 5e-6, 5)
+        assert_agrees(said.pooled, f"{name}/pooled", 5e-6, 5)
     return encoded
 
 
 def check_latents(name: str, root: Path) -> None:
     """The prompt, and the latents after the first step and the last."""
     case, encoded, pipe = CASES[name], check_prompt(name, root), loaded(name, root)
+    noise, controls = noise_of(case), controls_of(case)
+    requests = expand(encoded, seed=0, num_images=1, given=given(case), controls=controls)
+    requests = share(requests, "noise", noise, noise.shape[1:])
     with compiled_fast() as latents:
-        pictures = pipeline.generate_each(
-            pipe,
-            encoded,
-            pipe.blueprint.resolve(given(case)),
-            noise=noise_of(case),
-            batch_size=len(case["prompts"]),
-            controls=controls_of(case),
-            decode=False,
-        )
+        pictures = generate_each(pipe, requests, batch_size=len(requests), decode=False)
         final = np.stack([picture.latent for picture in pictures])
     assert len(latents) == case["steps"]
     assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
@@ -124,9 +121,12 @@ def check_latents(name: str, root: Path) -> None:
 def check_picture(name: str, root: Path) -> None:
     """What the recorded latents are decoded to, in 8 bits."""
     latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
+    pipe = loaded(name, root)
     with compiled_fast():
-        arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
-    check_bytes(name, pipeline.to_bytes(np.asarray(arrays)))
+        arrays = generating.decode_batch(
+            pipe.blueprint.model, pipe.stage("vae"), latents, jnp.float32, False, None
+        )
+    check_bytes(name, to_bytes(np.asarray(arrays)))
 
 
 def check_case(name: str, root: Path) -> None:
@@ -143,6 +143,21 @@ def check_case(name: str, root: Path) -> None:
             **given(case),
         )
     assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
+    assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
+    check_bytes(name, np.stack([np.asarray(image) for image in result.images]))
+
+
+def check_as_shipped(name: str, root: Path) -> None:
+    """The final latents and the pictures of one call, compiled as users compile it."""
+    case = CASES[name]
+    result = eqxdiff.generate(
+        loaded(name, root),
+        case["prompts"],
+        noise=noise_of(case),
+        batch_size=len(case["prompts"]),
+        controls=controls_of(case),
+        **given(case),
+    )
     assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
     check_bytes(name, np.stack([np.asarray(image) for image in result.images]))
 
