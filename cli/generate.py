@@ -1,4 +1,4 @@
-"""`eqxdiff generate`. What it does is in `job`, which imports JAX."""
+"""`eqxdiff generate`: its options are made when it is called, and `job` does what it does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,12 @@ def generate() -> None:
 
 
 def command() -> Callable[..., None]:
-    """Makes the command, whose options come from the models: this imports JAX."""
-    from .job import run
+    """Makes the command, whose options come from the settings of the models."""
     from .options import signature, split
 
     def generate(**values: Any) -> None:
+        from .job import run  # which imports JAX
+
         order = split(values)
         report = JsonReport(order.quiet) if order.as_json else TextReport(order.quiet)
         try:

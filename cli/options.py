@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from eqxdiff import SettingError
-from eqxdiff.models import Declaration, Family, declarations, families
+from eqxdiff.models import Declaration, Settings, declarations, settings_classes
 
 from .order import Order
 
@@ -22,7 +22,7 @@ PER_MODEL = "the model's"
 
 def signature() -> inspect.Signature:
     """Makes the signature of `eqxdiff generate`: own options, settings, and parts of models."""
-    known = families()
+    known = settings_classes()
     parameters = [*_own(), *_settings(known), *_parts(known)]
     panels = ["", "Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Output"]
     parameters.sort(key=lambda parameter: panels.index(_panel(parameter)))
@@ -31,8 +31,8 @@ def signature() -> inspect.Signature:
 
 def split(values: Mapping[str, Any]) -> Order:
     """Makes the order of a command line's values."""
-    names = {name for family in families() for name in declarations(family.settings)}
-    parts = {name for family in families() for name in family.components}
+    names = {name for cls in settings_classes() for name in declarations(cls)}
+    parts = {name for cls in settings_classes() for name in cls.components}
     own = {n: v for n, v in values.items() if n not in names | parts}
     settings = {n: parse(n, v) for n, v in values.items() if n in names}
     specs = {n: v for n, v in values.items() if n in parts and v is not None}
@@ -45,8 +45,8 @@ def parse(name: str, value: Any) -> Any:
         return None
     form = next(
         declared.form
-        for family in families()
-        for own, declared in declarations(family.settings).items()
+        for cls in settings_classes()
+        for own, declared in declarations(cls).items()
         if own == name
     )
     if form is None or value is None:
@@ -73,11 +73,11 @@ def _own() -> Iterator[inspect.Parameter]:
             yield _parameter(field.name, field.type, default)
 
 
-def _settings(known: tuple[Family, ...]) -> Iterator[inspect.Parameter]:
+def _settings(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
     declared: dict[str, list[tuple[Any, Declaration, Any]]] = {}
-    for family in known:
-        hints = typing.get_type_hints(family.settings)
-        for field in dataclasses.fields(family.settings):
+    for cls in known:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
             own = field.metadata["declaration"]
             declared.setdefault(field.name, []).append((hints[field.name], own, field.default))
     for name, each in declared.items():
@@ -110,8 +110,8 @@ def _type(hint: Any, declared: Declaration) -> Any:
     return (kind if kind in (int, float) else str) | None
 
 
-def _parts(known: tuple[Family, ...]) -> Iterator[inspect.Parameter]:
-    for name in dict.fromkeys(name for family in known for name in family.components):
+def _parts(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
+    for name in dict.fromkeys(name for cls in known for name in cls.components):
         option = Option(
             spell(name),
             help=f"Another {name}: a file, folder, repository or REPOSITORY:FILE.",

@@ -1,8 +1,7 @@
 """Text-to-image diffusion models in JAX and Equinox."""
 
-import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._errors import (
     CheckpointError as CheckpointError,
@@ -12,6 +11,7 @@ from ._errors import (
     SettingError as SettingError,
     SourceError as SourceError,
 )
+from ._lazy import lazy
 
 
 if TYPE_CHECKING:
@@ -62,13 +62,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{home}", __name__), name)
-    if name in _HOMES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

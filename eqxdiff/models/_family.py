@@ -114,6 +114,10 @@ class Family:
     controlnet: Component | None = None
     control_config: Callable[[Configs, Mapping[str, Any] | None], Any] = no_controlnets
 
+    def __post_init__(self):
+        if set(self.components) != set(self.settings.components):
+            raise ValueError(f"The settings of {self.name} name other components than the family.")
+
 
 def control_names(count: int) -> list[str]:
     """Names the components of so many ControlNets: `controlnet`, `controlnet_1` and so on."""

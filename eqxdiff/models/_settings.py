@@ -1,19 +1,17 @@
-"""Settings of a picture: each is declared once, and options, bounds and documentation follow."""
+"""Settings of a picture: each is declared once, and options, bounds and documentation follow.
+
+Nothing here needs JAX, so that the command line shows its options at once.
+"""
 
 import dataclasses
 import difflib
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, TypeVar
-
-import jax.numpy as jnp
-import numpy as np
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .._config import coerce, spell_type
 from .._errors import SettingError
-from ..sampling import ClassifierFree, Interval, Schedule, find_sampler
-from ..sampling.spacing import Spacing
 
 
 S = TypeVar("S", bound="Settings")
@@ -65,13 +63,22 @@ class Settings:
 
     A family's own class adds fields by `setting`. Classes are frozen, so that a setting is changed
     by `dataclasses.replace`.
+
+    - `components`: the folders of the family's components, for each of which the command line has
+        an option.
     """
+
+    components: ClassVar[tuple[str, ...]] = ()
 
     steps: int = setting(
         "Denoising steps.", "Sampling", default=1, low=1, high=1000, flags=("num_inference_steps",)
     )
-    height: int = setting("Height of the picture, in pixels.", "Picture", default=1024, low=1)
-    width: int = setting("Width of the picture, in pixels.", "Picture", default=1024, low=1)
+    height: int = setting(
+        "Height of the picture, in pixels.", "Picture", default=1024, low=1, flags=("H",)
+    )
+    width: int = setting(
+        "Width of the picture, in pixels.", "Picture", default=1024, low=1, flags=("W",)
+    )
     strength: float | None = setting(
         "How much of the input picture is made anew, from 0 to 1: 1 ignores it.",
         "Picture",
@@ -182,10 +189,10 @@ def complete(cls: type[S], given: Mapping[str, Any], defaults: S, model: str) ->
 
 
 def _checked(name: str, value: Any, hint: Any, declared: Declaration) -> Any:
-    if getattr(value, "shape", None) == ():
-        value = value.item()  # a number of NumPy or JAX
-    if isinstance(value, list | np.ndarray):
-        value = tuple(np.asarray(value).tolist())
+    if getattr(value, "shape", None) is not None:
+        value = value.tolist()  # of NumPy or JAX
+    if isinstance(value, list):
+        value = tuple(value)
     try:
         value = coerce(value, hint)
     except (TypeError, ValueError):
@@ -246,23 +253,6 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise SettingError(f"`{name}` {value!r} is not one of {', '.join(choices)}.{hint}")
 
 
-def spread(settings: SampledSettings) -> Spacing | Literal["ays"] | None:
-    """How to spread the noise levels: what `schedule` or the end of the sampler's name says.
-
-    **Raises:** `SettingError` where there is no such sampler or spread, or the two disagree.
-    """
-    named = None if settings.sampler is None else find_sampler(settings.sampler).kind
-    if settings.schedule is None:
-        return named
-    if named not in (None, settings.schedule):
-        raise SettingError(
-            f"The sampler {settings.sampler!r} says {named} and `schedule` {settings.schedule}."
-        )
-    if settings.sigmas is not None:
-        raise SettingError("`sigmas` are the noise levels themselves: give no `schedule`.")
-    return typing.cast("Spacing", settings.schedule)
-
-
 def image_step(settings: Settings, *, floor: bool = True) -> int:
     """The step that a picture made from another begins with: 0 where all is made anew.
 
@@ -281,26 +271,6 @@ def image_step(settings: Settings, *, floor: bool = True) -> int:
             f"`strength` {strength:g} leaves none of {steps} steps: raise it, or `steps`."
         )
     return first
-
-
-def guider_of(settings: GuidedSettings, scale: float | None, schedule: Schedule) -> ClassifierFree:
-    """Makes the guider of classifier-free guidance, whose numbers are traced.
-
-    **Arguments:**
-
-    - `schedule`: of the steps that are made, over which the interval of guidance is laid.
-
-    **Raises:** `SettingError` where guidance would act on no step.
-    """
-    start, end = settings.guidance_start, settings.guidance_end
-    interval = Interval.over(schedule, start or 0.0, 1.0 if end is None else end, name="Guidance")
-    rescale = settings.guidance_rescale or None
-    return ClassifierFree(
-        jnp.asarray(scale, jnp.float32),
-        None if rescale is None else jnp.asarray(rescale, jnp.float32),
-        interval,
-        settings.sequential_guidance,
-    )
 
 
 def applied(settings: Settings) -> dict[str, Any]:

@@ -135,10 +135,6 @@ class Job:
         )
         return cls(index, request, settings, recipe, texts, pixels, form)
 
-    def key(self) -> PRNGKey:
-        """The key of the seed, of the same generator however JAX is configured."""
-        return jax.random.key(self.request.seed, impl="threefry2x32")
-
     def example(
         self, blueprint: Blueprint, encoded: Mapping[str, PyTree], inputs: Inputs
     ) -> Example:
@@ -148,13 +144,13 @@ class Job:
 
         - `encoded`: what the text encoders say, by role.
         """
-        model, key = blueprint.model, self.key()
+        model, key = blueprint.model, seed_key(self.request.seed)
         conditions = [
             model.condition(encoded[role], self.settings, role) for role in self.recipe.guider.roles
         ]
         h, w, c = self.recipe.shape
         if self.request.noise is None:
-            noise = initial_noise(key, (c, h, w))
+            noise = initial_noise([self.request.seed], (c, h, w))[0]
         else:
             noise = jnp.asarray(self.request.noise, jnp.float32)
         noise = noise.transpose(1, 2, 0)
@@ -196,9 +192,14 @@ def cuts(jobs: Iterable[Job]) -> list[Cut]:
     return list(found.values())
 
 
-def initial_noise(key: PRNGKey, shape: tuple[int, int, int]) -> Float[Array, "c h w"]:
-    """Draws unit noise in float32: that of a key depends on no other key and on no device."""
-    return jax.random.normal(key, shape, jnp.float32)
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Array, "n c h w"]:
+    """Draws unit noise in float32: that of a seed depends on no other seed and on no device."""
+    return jnp.stack([jax.random.normal(seed_key(seed), shape, jnp.float32) for seed in seeds])
+
+
+def seed_key(seed: int) -> PRNGKey:
+    """Returns the key of a seed, of the same generator however JAX is configured."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def batches(jobs: Iterable[Job], size: int) -> list[list[Job]]:

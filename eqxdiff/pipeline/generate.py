@@ -13,7 +13,7 @@ from .._errors import EqxdiffError, SettingError
 from ..models import Modules, check_range
 from ..pictures import Pictured
 from ..sampling import Hook
-from .batch import Example, Job, batches, cuts, make_jobs, stack_examples, to_bytes
+from .batch import Example, Job, batches, cuts, make_jobs, seed_key, stack_examples, to_bytes
 from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
@@ -234,7 +234,13 @@ def _examples(
     blueprint, examples = stages.blueprint, []
     for job, said in zip(group, encoded, strict=True):
         inputs = make_inputs(
-            blueprint, vae, job.request, job.settings, job.recipe, job.pixels, job.key()
+            blueprint,
+            vae,
+            job.request,
+            job.settings,
+            job.recipe,
+            job.pixels,
+            seed_key(job.request.seed),
         )
         examples.append(job.example(blueprint, said, inputs))
     return examples

@@ -2,9 +2,9 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
-from ..._types import Image, Scalar, Tokens
+from ..._types import Image, Scalar
 from ...sampling import Row
 from .network import Transformer
 
@@ -12,8 +12,8 @@ from .network import Transformer
 class FluxTokens(eqx.Module):
     """The tokens of a prompt for CLIP and for T5."""
 
-    clip: Tokens
-    t5: Tokens
+    clip: Int[Array, " clip_tokens"]
+    t5: Int[Array, " t5_tokens"]
 
 
 class FluxCondition(eqx.Module):

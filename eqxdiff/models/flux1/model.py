@@ -14,7 +14,8 @@ from ...text import Tokenizer
 from ...vae import AutoencoderKLConfig, decode_latent, encode_image
 from .._family import Configs
 from .._model import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text
-from .._settings import check_guided, check_size, complete, guider_of, image_step, spread
+from .._recipe import guider_of, spread
+from .._settings import check_guided, check_size, complete, image_step
 from .conditioning import FluxCondition, FluxPredictor, FluxShared, FluxTokens
 from .config import TransformerConfig
 from .settings import FluxSettings

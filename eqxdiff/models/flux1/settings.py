@@ -1,6 +1,7 @@
 """The settings of FLUX.1."""
 
 import dataclasses
+from typing import ClassVar
 
 from .._settings import GuidedSettings, SampledSettings, setting
 
@@ -8,6 +9,8 @@ from .._settings import GuidedSettings, SampledSettings, setting
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FluxSettings(GuidedSettings, SampledSettings):
     """The settings of FLUX.1."""
+
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "transformer", "vae")
 
     prompt_2: str | None = setting(
         "The prompt for the second text encoder.",

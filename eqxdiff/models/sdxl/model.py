@@ -6,10 +6,9 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Int
 
 from ..._errors import ConfigError
-from ..._types import Tokens
 from ...sampling import AYS_TABLES
 from ...text import Tokenizer
 from .._family import Configs
@@ -29,8 +28,8 @@ class PairTokens(eqx.Module):
     """The tokens of a prompt for both encoders, and how many of the last layers are left out
     besides the last."""
 
-    ids: Tokens
-    ids_2: Tokens
+    ids: Int[Array, " tokens"]
+    ids_2: Int[Array, " tokens_2"]
     skip: int = eqx.field(static=True)
 
 

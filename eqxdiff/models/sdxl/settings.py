@@ -1,6 +1,7 @@
 """The settings of Stable Diffusion XL."""
 
 import dataclasses
+from typing import ClassVar
 
 from .._settings import setting
 from ..unet.settings import UNetSettings
@@ -13,6 +14,8 @@ class SDXLSettings(UNetSettings):
     SDXL is told which size a picture once had, what was cut off, and which size it has
     (https://arxiv.org/abs/2307.01952, section 2.2). Sizes are height and width, in pixels.
     """
+
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "unet", "vae")
 
     prompt_2: str | None = setting(
         "The prompt for the second text encoder.",

@@ -24,15 +24,8 @@ from ...text import CLIPTextConfig
 from ...vae import AutoencoderKLConfig, decode_latent, encode_image
 from .._family import Component, Configs, control_names
 from .._model import AbstractModel, Inputs, Modules, Recipe
-from .._settings import (
-    check_guided,
-    check_range,
-    check_size,
-    complete,
-    guider_of,
-    image_step,
-    spread,
-)
+from .._recipe import guider_of, spread
+from .._settings import check_guided, check_range, check_size, complete, image_step
 from .config import UNetConfig
 from .controlnet import ControlNet, ControlNetConfig
 from .predictor import Controlled, UNetPredictor, UNetShared

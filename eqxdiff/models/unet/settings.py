@@ -1,6 +1,7 @@
 """The settings that all models around a text-conditional UNet have."""
 
 import dataclasses
+from typing import ClassVar
 
 from .._settings import GuidedSettings, SampledSettings, setting
 
@@ -8,6 +9,8 @@ from .._settings import GuidedSettings, SampledSettings, setting
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetSettings(GuidedSettings, SampledSettings):
     """The settings of Stable Diffusion."""
+
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "unet", "vae")
 
     guidance: float | None = setting(
         "How much the prompt counts: the scale of the model's own guidance.",
