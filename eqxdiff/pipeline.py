@@ -181,7 +181,7 @@ def open_model(
     opened = {part: open_part(spec) for part, spec in specs.items()}
     configs = {
         "pipeline": family.parse_index(source.read_json("model_index.json")),
-        "scheduler": family.parse_scheduler(scheduler_fields(given)),
+        "scheduler": family.parse_scheduler(scheduler_fields(given, family.files)),
     }
     for part, component in family.components.items():
         fields = opened[part].config() if part in opened else None

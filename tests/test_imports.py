@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import eqxdiff
+from eqxdiff.models import FAMILIES
 
 
 PACKAGE = Path(eqxdiff.__file__).parent
@@ -135,6 +136,19 @@ def test_no_two_classes_share_a_name():
                 places[node.name].append(name)
     twins = {name: where for name, where in places.items() if len(where) > 1}
     assert not {name: where for name, where in twins.items() if name not in TWINS}
+
+
+def test_the_rooms_of_files_name_no_family():
+    """Nor a model, a component's folder or a table: the families tell them these."""
+    words = {"controlnet"}
+    for family in FAMILIES:
+        forms = [form.table for part in family.components.values() for form in part.forms]
+        words |= {*family.presets, *family.components, *forms}
+    for name in INNER:
+        if room(name) in ("tensors", "checkpoint", "hub", "convert"):
+            tree = ast.parse(FILES[name].read_text())
+            texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+            assert not words & texts, name
 
 
 @pytest.mark.parametrize("name", INNER)

@@ -1,6 +1,7 @@
 """What a file holds is told from its header, for every layout at full size."""
 
 import math
+import types
 from functools import cache
 
 import jax
@@ -12,8 +13,10 @@ from test_single_files_sd import VAE, WIDTHS, clip_config, unet_config
 
 from eqxdiff._errors import CheckpointError
 from eqxdiff.checkpoint import Table, load_module
-from eqxdiff.convert.recognise import claim, describe, find_pieces, locate
-from eqxdiff.models import find_model
+from eqxdiff.checkpoint.form import Form
+from eqxdiff.convert import recognise as recognise_module
+from eqxdiff.convert.recognise import claim, denoisers, describe, find_pieces, locate
+from eqxdiff.models import FAMILIES, Component, Lookalikes, PublishedFiles, find_model
 from eqxdiff.models.flux1 import TransformerConfig
 from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo
 from eqxdiff.text import CLIPTextConfig, T5Config
@@ -225,6 +228,27 @@ def test_a_file_may_lack_components():
     assert set(claim(Header(alone), wanted("flux-dev"), "x")) == {"transformer"}
     alone = read_manifest("vae_flux_ldm")
     assert set(claim(Header(alone), wanted("flux-dev"), "x")) == {"vae"}
+
+
+def test_a_family_brings_its_own_forms_and_tables(tmp_path, monkeypatch):
+    """Its table may lie anywhere, and a file of it is told from those of all other families."""
+    file = tmp_path / "toy.toml"
+    file.write_text('[rename]\n"net" = "toy_net"')
+    toy = Lookalikes("a toy", ("toy",), {"body": (file, "")})
+    own = Component(dict, dict, (Form(file, ("toy_net.mark",)),), (), "denoiser")
+    recognise = lambda kind, shapes: toy if kind == file and (7,) in shapes.values() else None
+    files = PublishedFiles((toy,), recognise, leftovers=("dust",))
+    family = types.SimpleNamespace(components={"body": own}, controlnet=None, files=files)
+    shapes = {"a.toy_net.mark": (7,), "dust.x": (1,)}
+    assert describe(Header(shapes)) is None
+    monkeypatch.setattr(recognise_module, "known", lambda: (*FAMILIES, family))
+    assert describe(Header(shapes)) is toy
+    assert describe(Header(whole("sd15"))).models == ("sd15",)
+    skeleton = {"net": {"mark": jax.ShapeDtypeStruct((7,), F32)}}
+    (piece,) = claim(Header(shapes), {"body": (own.table, skeleton)}, "x").values()
+    assert (piece.table, piece.prefix, piece.names) == (file, "a", ("a.toy_net.mark",))
+    assert piece.key_table().name == "toy"
+    assert denoisers() == ["transformer", "unet", "body"]
 
 
 class Scales(Header):

@@ -11,9 +11,9 @@ from typing import Any
 from .._errors import SettingError, SourceError
 from ..checkpoint import Table
 from ..hub import Source, is_file, open_part, open_source
-from ..models import AbstractFamily, find_model
+from ..models import AbstractFamily, Lookalikes, find_model
 from ..tensors import PICKLES, AbstractTensorSource, dequantised, open_tensors
-from .recognise import KINDS, Lookalikes, claim, describe, locate
+from .recognise import claim, denoisers, describe, locate
 
 
 FLAX = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
@@ -56,8 +56,8 @@ class Checkpoint:
     @property
     def alike(self) -> list[str]:
         """The other models whose files look the same."""
-        models = (kind.models for kind in KINDS if self.model in kind.models)
-        return [name for names in models for name in names if name != self.model]
+        sort = self.family.files.of(self.model)
+        return [] if sort is None else [name for name in sort.models if name != self.model]
 
     @property
     def fingerprint(self) -> str:
@@ -112,7 +112,7 @@ def open_checkpoint(
     source = open_source(spec, revision=revision)
     find = functools.cache(lambda name: source_tensors(source, name, pickle=pickle))
     if model is None:
-        folders = (name for name in ("transformer", "unet") if source.exists(f"{name}/config.json"))
+        folders = (name for name in denoisers() if source.exists(f"{name}/config.json"))
         denoiser = next(folders, None)
         model = _guess(None if denoiser is None else describe(find(denoiser)), spec)
     family, _ = find_model(model)

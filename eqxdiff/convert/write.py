@@ -21,7 +21,7 @@ from ..hub.source import HEAVY, INDEX
 from ..tensors import TensorInfo
 from .open import Checkpoint, plain
 from .recast import Recast
-from .recognise import KINDS, find_pieces
+from .recognise import find_pieces
 
 
 METADATA = {"format": "pt"}
@@ -109,8 +109,8 @@ def plan_file(
     **Raises:** `CheckpointError`; `SettingError` where the checkpoint has no such component, or the
     model no such layout.
     """
-    kind = next((kind for kind in KINDS if checkpoint.model in kind.models), None)
-    if kind is None:
+    sort = checkpoint.family.files.of(checkpoint.model)
+    if sort is None:
         raise SettingError(f"There is no single-file layout for {checkpoint.model}.")
     components = checkpoint.components
     if only is not None and only not in components:
@@ -119,7 +119,7 @@ def plan_file(
     tensors = {}
     for name, opened in components.items():
         if only in (None, name):
-            table, prefix = kind.layout[name]
+            table, prefix = sort.layout[name]
             prefixes = (prefix if only is None else "",)
             table = dataclasses.replace(read_table(table), prefix=prefixes)
             recast = Recast.make(name, opened, table, dtype)

@@ -11,7 +11,7 @@ import jax
 from ..checkpoint import Table, leaf_paths, read_table
 from ..checkpoint.load import dotted
 from ..checkpoint.plan import Move, Shape, compile_plan
-from ..convert.recognise import FORMS
+from ..checkpoint.table import TableFile
 from ..models import FAMILIES
 
 
@@ -153,14 +153,12 @@ class Target:
         return self.tables[0].stack_depth_at(leaf) if self.tables else None
 
 
-def _known() -> Iterator[tuple[type, str, tuple[str, ...]]]:
+def _known() -> Iterator[tuple[type, str, tuple[TableFile, ...]]]:
     """Each class that a family has as a component, with its usual name and its tables."""
     for family in FAMILIES:
         for name, component in family.components.items():
             if inspect.ismethod(component.init) and isinstance(component.init.__self__, type):
-                forms = (form.table for form in FORMS.get(component.table, ()))
-                tables = tuple(dict.fromkeys((component.table, *forms)))
-                yield component.init.__self__, name, tables
+                yield component.init.__self__, name, tuple(form.table for form in component.forms)
 
 
 def find_targets(model: Any, tables: Sequence[Table] | None = None) -> list[Target]:

@@ -12,6 +12,7 @@ from ._family import (
     Preset as Preset,
     control_names as control_names,
 )
+from ._files import Lookalikes as Lookalikes, PublishedFiles as PublishedFiles
 from ._settings import Settings as Settings, check_range as check_range
 from .flux1 import Flux1
 from .sd import StableDiffusion

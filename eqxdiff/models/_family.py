@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .._types import Scalar, Tokens
+from ..checkpoint.form import Form
+from ..checkpoint.table import TableFile
 from ..sampling import AbstractParameterization, AbstractSolver, Denoiser, Schedule
 from ..sharding import Rule
 from ..text import Tokenized, Tokenizer
+from ._files import PublishedFiles
 from ._settings import Settings
 
 
@@ -32,16 +35,21 @@ class Component:
 
     - `parse`: the folder's `config.json` to a frozen config. Raises `ConfigError`.
     - `init`: `(config, *, key, dtype)` to a random module.
-    - `table`: the name of its key table in `weights_map/`.
+    - `forms`: the ways in which files name its tensors, the published one first.
     - `rules`: its sharding rules: every leaf of two or more dimensions matches exactly one.
     - `stage`: `"text"`, `"denoiser"` or `"vae"`. One stage runs at a time.
     """
 
     parse: Callable[[Mapping[str, Any]], Any]
     init: Callable[..., eqx.Module]
-    table: str
+    forms: tuple[Form, ...]
     rules: Sequence[Rule]
     stage: str
+
+    @property
+    def table(self) -> TableFile:
+        """The key table of its published layout."""
+        return self.forms[0].table
 
     def skeleton(self, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
         """The module with `jax.ShapeDtypeStruct` leaves, which costs nothing at any size."""
@@ -128,6 +136,7 @@ class AbstractFamily(eqx.Module):
     - `tokenizers`: folder of a tokenizer -> the text encoder that it is for.
     - `honoured`: the fields of `Settings` that count; another that is given is an error.
     - `controlnet`: the ControlNets that go with it, if there are any.
+    - `files`: how its published files look.
 
     A family has no fields: it is a set of pure functions. Everything works on one example; the
     batch is the caller's `jax.vmap`.
@@ -138,6 +147,7 @@ class AbstractFamily(eqx.Module):
     tokenizers: eqx.AbstractClassVar[Mapping[str, str]]
     honoured: eqx.AbstractClassVar[Sequence[str]]
     controlnet: eqx.AbstractClassVar[Component | None]
+    files: eqx.AbstractClassVar[PublishedFiles]
 
     @abstractmethod
     def parse_scheduler(self, fields: Mapping[str, Any]) -> Any:

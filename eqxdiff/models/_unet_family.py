@@ -28,6 +28,7 @@ from ..sampling import (
     parse_discrete_config,
     stack_conditioning,
 )
+from . import _unet_forms
 from ._controlnet import ControlNet, ControlNetConfig, sum_residuals
 from ._family import (
     AbstractFamily,
@@ -66,7 +67,7 @@ GUIDED = ("negative_prompt", "guidance_rescale", "sequential_guidance")
 """Those that count with classifier-free guidance alone, besides whatever is called negative."""
 
 CONTROL_COMPONENT = Component(
-    ControlNetConfig.parse, ControlNet.init, "controlnet", CONTROLNET, "denoiser"
+    ControlNetConfig.parse, ControlNet.init, _unet_forms.CONTROLNET, CONTROLNET, "denoiser"
 )
 SCHEDULERS = (
     "DDIMScheduler",

@@ -31,13 +31,15 @@ from ...text import (
     T5Encoder,
     Tokenized,
     Tokenizer,
+    forms as text_forms,
     rules as text_rules,
 )
-from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
+from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
 from .._family import AbstractFamily, Component, Configs, Control, Guidance, Modules, Preset
+from .._files import PublishedFiles
 from .._index import read_index
 from .._settings import Settings, check_range, check_size, complete, option, spacing
-from . import embedded, rules, tiny
+from . import embedded, files, forms, rules, tiny
 from .conditioning import Conditioning
 from .config import TransformerConfig
 from .network import Transformer
@@ -116,20 +118,24 @@ class Flux1(AbstractFamily):
     components: ClassVar[Mapping[str, Component]] = types.MappingProxyType(
         {
             "text_encoder": Component(
-                CLIPTextConfig.parse, CLIPTextModel.init, "clip", text_rules.CLIP, "text"
+                CLIPTextConfig.parse, CLIPTextModel.init, text_forms.CLIP, text_rules.CLIP, "text"
             ),
             "text_encoder_2": Component(
-                T5Config.parse, T5Encoder.init, "t5", text_rules.T5, "text"
+                T5Config.parse, T5Encoder.init, text_forms.T5, text_rules.T5, "text"
             ),
             "transformer": Component(
                 TransformerConfig.parse,
                 Transformer.init,
-                "flux1_transformer",
+                forms.TRANSFORMER,
                 rules.TRANSFORMER,
                 "denoiser",
             ),
             "vae": Component(
-                AutoencoderKLConfig.parse, AutoencoderKL.init, "vae", vae_rules.AUTOENCODER, "vae"
+                AutoencoderKLConfig.parse,
+                AutoencoderKL.init,
+                vae_forms.AUTOENCODER,
+                vae_rules.AUTOENCODER,
+                "vae",
             ),
         }
     )
@@ -155,6 +161,7 @@ class Flux1(AbstractFamily):
         "vae_tiling",
     )
     controlnet: ClassVar[Component | None] = None
+    files: ClassVar[PublishedFiles] = files.FILES
 
     def parse_scheduler(self, fields: Mapping[str, Any]) -> FlowSchedulerConfig:
         return parse_flow_config(fields, name="scheduler/scheduler_config.json")

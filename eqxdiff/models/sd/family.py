@@ -7,9 +7,18 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ..._types import Tokens
 from ...sampling import AYS_TABLES
-from ...text import CLIPTextConfig, CLIPTextModel, Tokenized, Tokenizer, rules as text_rules
-from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
+from ...text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Tokenized,
+    Tokenizer,
+    forms as text_forms,
+    rules as text_rules,
+)
+from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .. import _unet_forms
 from .._family import Component, Configs, Modules, Preset
+from .._files import PublishedFiles
 from .._settings import Settings
 from .._unet import UNet
 from .._unet_config import UNetConfig
@@ -21,7 +30,7 @@ from .._unet_family import (
     check_dims,
 )
 from .._unet_rules import UNET
-from . import tiny
+from . import files, tiny
 from .config import parse_index
 
 
@@ -79,11 +88,15 @@ class StableDiffusion(AbstractUNetFamily):
     components: ClassVar[Mapping[str, Component]] = types.MappingProxyType(
         {
             "text_encoder": Component(
-                CLIPTextConfig.parse, CLIPTextModel.init, "clip", text_rules.CLIP, "text"
+                CLIPTextConfig.parse, CLIPTextModel.init, text_forms.CLIP, text_rules.CLIP, "text"
             ),
-            "unet": Component(UNetConfig.parse, UNet.init, "unet", UNET, "denoiser"),
+            "unet": Component(UNetConfig.parse, UNet.init, _unet_forms.UNET, UNET, "denoiser"),
             "vae": Component(
-                AutoencoderKLConfig.parse, AutoencoderKL.init, "vae", vae_rules.AUTOENCODER, "vae"
+                AutoencoderKLConfig.parse,
+                AutoencoderKL.init,
+                vae_forms.AUTOENCODER,
+                vae_rules.AUTOENCODER,
+                "vae",
             ),
         }
     )
@@ -91,6 +104,7 @@ class StableDiffusion(AbstractUNetFamily):
     honoured: ClassVar[Sequence[str]] = HONOURED
     ays: ClassVar[Sequence[float]] = AYS_TABLES["sd"]
     controlnet: ClassVar[Component | None] = CONTROL_COMPONENT
+    files: ClassVar[PublishedFiles] = files.FILES
 
     def parse_index(self, fields: Mapping[str, Any]) -> None:
         parse_index(fields)

@@ -11,9 +11,18 @@ from jaxtyping import DTypeLike
 from ..._errors import ConfigError
 from ..._types import Tokens
 from ...sampling import AYS_TABLES
-from ...text import CLIPTextConfig, CLIPTextModel, Tokenized, Tokenizer, rules as text_rules
-from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
+from ...text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Tokenized,
+    Tokenizer,
+    forms as text_forms,
+    rules as text_rules,
+)
+from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .. import _unet_forms
 from .._family import Component, Configs, Modules, Preset
+from .._files import PublishedFiles
 from .._settings import Settings
 from .._unet import AddedConditioning, UNet
 from .._unet_config import UNetConfig
@@ -25,7 +34,7 @@ from .._unet_family import (
     check_dims,
 )
 from .._unet_rules import UNET
-from . import tiny
+from . import files, tiny
 from .conditioning import EncodedPrompt, time_ids
 from .config import PipelineConfig, parse_index
 
@@ -88,18 +97,22 @@ class StableDiffusionXL(AbstractUNetFamily):
     components: ClassVar[Mapping[str, Component]] = types.MappingProxyType(
         {
             "text_encoder": Component(
-                CLIPTextConfig.parse, CLIPTextModel.init, "clip", text_rules.CLIP, "text"
+                CLIPTextConfig.parse, CLIPTextModel.init, text_forms.CLIP, text_rules.CLIP, "text"
             ),
             "text_encoder_2": Component(
                 partial(CLIPTextConfig.parse, name="text_encoder_2/config.json"),
                 CLIPTextModel.init,
-                "clip",
+                text_forms.CLIP,
                 text_rules.CLIP,
                 "text",
             ),
-            "unet": Component(UNetConfig.parse, UNet.init, "unet", UNET, "denoiser"),
+            "unet": Component(UNetConfig.parse, UNet.init, _unet_forms.UNET, UNET, "denoiser"),
             "vae": Component(
-                AutoencoderKLConfig.parse, AutoencoderKL.init, "vae", vae_rules.AUTOENCODER, "vae"
+                AutoencoderKLConfig.parse,
+                AutoencoderKL.init,
+                vae_forms.AUTOENCODER,
+                vae_rules.AUTOENCODER,
+                "vae",
             ),
         }
     )
@@ -119,6 +132,7 @@ class StableDiffusionXL(AbstractUNetFamily):
     )
     ays: ClassVar[Sequence[float]] = AYS_TABLES["sdxl"]
     controlnet: ClassVar[Component | None] = CONTROL_COMPONENT
+    files: ClassVar[PublishedFiles] = files.FILES
 
     def parse_index(self, fields: Mapping[str, Any]) -> PipelineConfig:
         return parse_index(fields)
