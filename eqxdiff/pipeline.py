@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Key, PyTree, UInt8
 from PIL import Image as PILImage
 
 from ._errors import ConfigError, EqxdiffError, SettingError
-from .checkpoint import load_module
+from .checkpoint import FILE, load_module
 from .convert.recognise import claim_parts, locate, scheduler_fields
 from .hub import Part, Source, open_part, open_weights
 from .lora import Adapter, Fitted, apply_fitted, fit, load as load_adapter, merge_fitted
@@ -120,7 +120,7 @@ class Blueprint:
         tensors = self.source.tensors(name) if part is None else part.tensors()
         skeleton = component.skeleton(self.configs[name])
         tensors, table = locate(tensors, component.table, skeleton)
-        dtype = tensors.dtype if self.dtype is None else self.dtype
+        dtype = FILE if self.dtype is None else self.dtype
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
             if self.mesh is None:

@@ -12,13 +12,13 @@ from helpers import read_manifest
 from test_single_files_sd import VAE, WIDTHS, clip_config, unet_config
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import Table, load_module
+from eqxdiff.checkpoint import Table, load, load_module
 from eqxdiff.checkpoint.form import Form
 from eqxdiff.convert import recognise as recognise_module
 from eqxdiff.convert.recognise import claim, denoisers, describe, find_pieces, locate
 from eqxdiff.models import FAMILIES, Component, Lookalikes, PublishedFiles, find_model
 from eqxdiff.models.flux1 import TransformerConfig
-from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo
+from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo, dequantised
 from eqxdiff.text import CLIPTextConfig, T5Config
 from eqxdiff.vae import AutoencoderKLConfig
 
@@ -339,6 +339,20 @@ class TestScaled:
         np.testing.assert_array_equal(wide, want)
         narrow = load_module(tensors, table, skeleton, dtype=tensors.dtype)["lin"]["weight"]
         np.testing.assert_array_equal(narrow, want.astype(ml_dtypes.bfloat16))
+
+    def test_each_part_of_a_tensor_has_the_scales_of_its_own_rows(self, monkeypatch):
+        """Cut into leaves, and each leaf read in pieces of two rows."""
+        monkeypatch.setattr(load, "CHUNK_BYTES", 32)
+        random = np.random.RandomState(0)
+        weight = random.standard_normal((12, 4)).astype(F8)
+        scale = random.uniform(0.1, 2, 12).astype(F32)
+        file = InMemory({"ab.weight": weight, "ab.weight_scale": scale})
+        table = Table.parse('[split]\n"ab" = ["a", "b"]')
+        leaf = lambda rows: {"weight": jax.ShapeDtypeStruct((rows, 4), F32)}
+        module = load_module(dequantised(file), table, {"a": leaf(7), "b": leaf(5)})
+        want = weight.astype(F32) * scale[:, None]
+        np.testing.assert_array_equal(module["a"]["weight"], want[:7])
+        np.testing.assert_array_equal(module["b"]["weight"], want[7:])
 
 
 def test_the_sizes_are_those_of_the_published_files():

@@ -121,7 +121,7 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
     metadata: dict[str, str] = {}
     problems: list[str] = []
     index = source.read_json("model_index.json")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    names = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     for name in names:
         if not source.exists(f"{name}/config.json"):
             continue

@@ -38,7 +38,8 @@ class Checkpoint:
     - `model`: what it is taken for; others may have the same header.
     - `components`: those that it has.
     - `configs`: where configs and tokenizers come from.
-    - `stamp`: when local files were last changed.
+    - `stamp`: tells these files from others that have the same headers: the commit of a repository,
+        or when each local file was last changed.
     """
 
     name: str
@@ -61,14 +62,14 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all names, shapes and dtypes."""
+        """A hash of the stamp and of all names, shapes and dtypes."""
         infos = {
             name: [
                 (key, *info.shape, str(info.dtype)) for key, info in part.tensors.tensors.items()
             ]
             for name, part in self.components.items()
         }
-        text = json.dumps([self.name, self.model, self.configs.name, infos])
+        text = json.dumps([self.name, self.model, self.configs.name, self.stamp, infos])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def completed(self) -> "Checkpoint":
@@ -120,7 +121,7 @@ def open_checkpoint(
     for name, component in family.components.items():
         skeleton = component.skeleton(_config(family, source, name))
         components[name] = Opened(*locate(find(name), component.table, skeleton), skeleton)
-    return Checkpoint(spec, model, family, components, source, _stamp(Path(spec).expanduser()))
+    return Checkpoint(spec, model, family, components, source, _stamp(source))
 
 
 def _open_file(
@@ -140,12 +141,17 @@ def _open_file(
         name: Opened(piece.of(tensors), piece.key_table(), skeletons[name])
         for name, piece in claim(tensors, wanted, part.file or spec).items()
     }
-    return Checkpoint(spec, model, family, components, source, _stamp(part.path()))
+    stamp = _stamp(part.source, part.path()) + _stamp(source)
+    return Checkpoint(spec, model, family, components, source, stamp)
 
 
-def _stamp(path: Path) -> str:
-    files = [path, *sorted(path.rglob("*"))] if path.exists() else []
-    return repr([(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()])
+def _stamp(source: Source, file: Path | None = None) -> str:
+    """Identifies a folder or repository, or one file of it."""
+    root = Path(source.name)
+    if not root.is_dir():
+        return repr((file, dict(source.identity)))
+    files = sorted(root.rglob("*")) if file is None else [file]
+    return repr([(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()])
 
 
 def _guess(kind: Lookalikes | None, spec: str) -> str:
