@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from eqxdiff.models import Guidance
 from eqxdiff.models.flux1 import Conditioning, Flux1, Transformer, TransformerConfig
-from eqxdiff.sampling import Euler, Flow, flow_schedule, step
+from eqxdiff.sampling import Euler, Flow, State, flow_schedule, step
 
 
 def lower() -> dict[str, float]:
@@ -36,7 +36,7 @@ def lower() -> dict[str, float]:
         modules = {"transformer": eqx.combine(weights, static)}
         dtype, guidance = jnp.dtype(jnp.bfloat16), Guidance(scale, None)
         denoiser = Flux1().denoiser(modules, conditioning, None, guidance, (), Flow(), dtype)
-        return step(denoiser, x, None, schedule, index, solver)[0]
+        return step(denoiser, x, State(None, None), schedule, index, solver)[0]
 
     x = jax.ShapeDtypeStruct((128, 128, 16), jnp.float32)
     index = jax.ShapeDtypeStruct((), jnp.int32)

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import typer
 from eqxdiff import EqxdiffError
 
 from .convert import convert
-from .generate import generate
+from .generate import HELP, command as generate_command, generate
 from .inspect import inspect
 from .lora import app as lora
 from .tables import models, samplers
@@ -27,11 +28,12 @@ from .train import train
 
 app = typer.Typer(
     help="Text-to-image diffusion models in JAX.",
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
     add_completion=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (generate, convert, inspect, models, samplers, train, random):
+app.command(help=HELP)(generate)
+for command in (convert, inspect, models, samplers, train, random):
     app.command()(command)
 app.add_typer(lora, name="lora")
 
@@ -42,6 +44,12 @@ OUT_OF_MEMORY = (
     "There is too little memory for this: try --offload text, --dtype bfloat16, a smaller "
     "--batch-size or a smaller picture."
 )
+
+NAMED = re.compile(r"`([a-z][a-z0-9_]*)`")
+"""An argument in an error of the library."""
+
+FLAGS = {"controls": "--control", "loras": "--lora", "control_scale": "--control"}
+"""Arguments of the library whose options have other names."""
 
 
 class Terminated(BaseException):
@@ -76,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
     try:
-        with _sigterm_raises(), typer.main.get_command(app).make_context("eqxdiff", argv) as ctx:
+        with _sigterm_raises(), _program(argv).make_context("eqxdiff", argv) as ctx:
             ctx.command.invoke(ctx)
         sys.stdout.flush()
     except typer.Exit as ending:
@@ -85,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         see = "" if error.ctx is None else f" See {error.ctx.command_path} --help."
         return _fail(f"{error.format_message().rstrip('.')}.{see}", 2, as_json)
     except EqxdiffError as error:
-        return _fail(str(error), 1, as_json)
+        return _fail(flagged(str(error), argv), 1, as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130, as_json)
     except Terminated:
@@ -102,6 +110,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(OUT_OF_MEMORY, 1, as_json)
         raise
     return 0
+
+
+def _program(argv: Sequence[str]) -> Any:
+    """Returns the program. The options of `generate` are known where it is what is called."""
+    program = typer.main.get_command(app)
+    if argv[:1] == ["generate"]:
+        single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+        settings = {"help_option_names": ["--help", "-h"]}
+        single.command("generate", help=HELP, context_settings=settings)(generate_command())
+        program.commands["generate"] = typer.main.get_command(single)  # pyright: ignore
+    return program
+
+
+def flagged(message: str, argv: Sequence[str]) -> str:
+    """Writes the arguments that an error of the library names as options of the command line."""
+    options = {option.strip("-").replace("-", "_"): option for option in _options_of(argv)}
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        return FLAGS.get(name) or options.get(name) or match[0]
+
+    return NAMED.sub(flag, message)
+
+
+def _options_of(argv: Sequence[str]) -> list[str]:
+    """Lists the options of the command that is called."""
+    command = _program(argv)
+    for word in argv:
+        command = getattr(command, "commands", {}).get(word, command)
+    return [name for parameter in command.params for name in parameter.opts]
 
 
 def _fail(message: str, status: int, as_json: bool) -> int:

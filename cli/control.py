@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from eqxdiff import ControlImage, SettingError, SourceError
+from eqxdiff import ControlImage, SettingError
 from eqxdiff.control import PREPROCESSORS
 from eqxdiff.models import check_range
+from eqxdiff.pictures import read_picture
 
 from .progress import AbstractReport
 
@@ -85,15 +83,3 @@ def open_controls(
         fields = {**dataclasses.asdict(option), "image": option.image.name, "guess": guess}
         record.append({**fields, "prepared": prepared, "sha256": sha256})
     return OpenedControls(tuple(images), record)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """A picture as `(height, width, 3)` uint8. **Raises:** `SourceError`."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise SourceError(f"There is no picture {path} for --control.") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "is it one?"
-        raise SourceError(f"The picture {path} cannot be read: {why}") from None

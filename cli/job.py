@@ -1,116 +1,125 @@
 """What `eqxdiff generate` does, stage by stage. What can go wrong early is tried early."""
 
 import contextlib
+import dataclasses
+import hashlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eqxdiff import SettingError
-from eqxdiff.models import Settings, check_range, find_model
-from eqxdiff.pipeline import Blueprint, check_noise, open_model
+from eqxdiff.models import applied, check_range, find_model
+from eqxdiff.pictures import read_picture
+from eqxdiff.pipeline import (
+    Blueprint,
+    Job,
+    Stages,
+    chunks,
+    cuts,
+    expand,
+    generate_each,
+    make_jobs,
+    open_model,
+    png,
+    run_record,
+    share,
+)
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
-from .control import ControlOption, open_controls
-from .generate import Request
+from .control import ControlOption, OpenedControls, open_controls
 from .mesh import batch_size_for, parse_mesh
-from .metadata import applied, png, run_record, texts
+from .order import Order
 from .output import picture_paths, reserved, write_whole
 from .progress import AbstractReport, libraries_tell
 from .prompts import collect_prompts
-from .stages import Maker
 
 
-def run(request: Request, report: AbstractReport) -> None:
+def run(order: Order, report: AbstractReport) -> None:
     """Makes the pictures, and writes each as soon as its batch is done.
 
     **Raises:** `EqxdiffError` for whatever the user can mend. The pictures written until then stay.
     """
-    find_model(request.model)
-    options = [ControlOption.parse(text) for text in request.controls]
-    if request.control_guess and not options:
-        raise SettingError("--control-guess is for pictures of --control, and there is none.")
-    prompts = collect_prompts(request.prompts, request.prompt_file)
-    seeds = pick_seeds(request)
+    find_model(order.model)
+    options = [ControlOption.parse(text) for text in order.control or ()]
+    for name in ("control_guess", "control_as_is"):
+        if getattr(order, name) and not options:
+            raise SettingError(f"`{name}` would be ignored without `control`.")
+    prompts = collect_prompts(order.prompt or (), order.prompt_file)
+    seeds = pick_seeds(order)
     paths = picture_paths(
-        request.output,
-        request.model,
+        order.output,
+        order.model,
         [prompt for prompt in prompts for _ in seeds],
         seeds * len(prompts),
     )
-    if request.save_latents is not None:
-        check_suffix("--save-latents", request.save_latents)
-    if request.offload and request.release:
-        raise SettingError("--offload keeps the text encoders and --release drops them: give one.")
-    targets = [*paths, *(() if request.save_latents is None else [request.save_latents])]
+    if order.save_latents is not None:
+        check_suffix("--save-latents", order.save_latents)
+    if order.offload and order.release:
+        raise SettingError("`offload` keeps the text encoders and `release` drops them: give one.")
+    targets = [*paths, *(() if order.save_latents is None else [order.save_latents])]
     with contextlib.ExitStack() as stack:
         stack.enter_context(libraries_tell(report))
-        stack.enter_context(reserved(targets, overwrite=request.overwrite))
+        stack.enter_context(reserved(targets, overwrite=order.overwrite))
         cache = None
-        if request.caches:
-            cache = stack.enter_context(compile_cache(request.compile_cache))
+        if not order.no_compile_cache:
+            cache = stack.enter_context(compile_cache(order.compile_cache))
         meter = stack.enter_context(CompileMeter())
         clock = Clock(meter)
         controls = open_controls(
-            options, guess=request.control_guess, as_is=request.control_as_is, report=report
+            options, guess=order.control_guess, as_is=order.control_as_is, report=report
         )
+        pictures = open_pictures(order)
         with clock("load"):
-            plan = open_plan(request, [option.net for option in options])
-        if plan.compute_dtype == jnp.float32:
-            # without it GPUs and TPUs multiply in less
-            stack.enter_context(jax.default_matmul_precision("highest"))
-        settings = plan.resolve(request.settings)
-        batch_size = batch_size_for(plan.mesh, request.batch_size)
-        schedule = plan.family.schedule(plan.configs, settings)
-        for image in controls.images:
-            image.resolve(settings, schedule)
-        noise = open_noise(request.noise, plan, settings, len(paths))
-        warn_of_dropped(plan, prompts, settings, report)
-        if plan.note is not None:
-            report.note("weights", plan.note)
-        for lora in () if plan.adapters is None else plan.adapters.reports:
-            report.note("warning" if lora.unused else "lora", str(lora), layers=dict(lora.layers))
-        if request.seed is None:
-            report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
-
-        keep = "host" if request.offload else "nowhere" if request.release else "device"
-        maker = Maker(plan, keep, clock, report)
-        hashed = None if noise is None else digest(noise)
-        made: list[dict[str, Any]] = []
-        latents = []
-        for picture in maker.pictures(
+            blueprint = open_blueprint(order, [option.net for option in options])
+        requests = expand(
             prompts,
-            request.settings,
             seed=seeds[0],
             num_images=len(seeds),
-            batch_size=batch_size,
-            noise=noise,
+            given=order.settings,
             controls=controls.images,
-        ):
-            path = paths[len(made)]
-            record = run_record(plan, maker.dtypes, hashed, controls.record, batch_size)
-            chunks = texts(picture, len(made), plan, record) if request.metadata else {}
-            write_whole(path, png(picture, chunks), overwrite=request.overwrite)
+            mask_blur=order.mask_blur,
+            mask_crop=order.mask_crop,
+            **pictures,
+        )
+        batch_size = batch_size_for(blueprint.mesh, order.batch_size)
+        noise = None if order.noise is None else read_noise(order.noise)
+        h, w, c = Job.make(blueprint, 0, requests[0]).recipe.shape
+        jobs = make_jobs(blueprint, share(requests, "noise", noise, (c, h, w)))
+        tell(blueprint, jobs, report)
+        if order.seed is None:
+            report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
+
+        keep = "host" if order.offload else "nowhere" if order.release else "device"
+        stages = Stages(blueprint, keep, progress=report.progress, clock=clock)
+        inputs = input_record(order, pictures, controls)
+        hashed = None if noise is None else digest(noise)
+        made: list[dict[str, Any]] = []
+        latents = {}
+        for picture in generate_each(stages, jobs, batch_size=batch_size, progress=report.progress):
+            path = paths[picture.index]
+            record = run_record(blueprint, stages.dtypes, hashed, inputs, batch_size)
+            tells = {} if order.no_metadata else chunks(picture, blueprint, record)
+            write_whole(path, png(picture, tells), overwrite=order.overwrite)
             report.file(path)
             made.append({"file": str(path), "prompt": picture.prompt, "seed": picture.seed})
-            latents.append(picture.latent)
-        if request.save_latents is not None:
-            data = encode_latents(request.save_latents, np.stack(latents))
-            write_whole(request.save_latents, data, overwrite=request.overwrite)
-            report.file(request.save_latents)
+            latents[picture.index] = picture.latent
+        if order.save_latents is not None:
+            stacked = np.stack([latents[index] for index in sorted(latents)])
+            data = encode_latents(order.save_latents, stacked)
+            write_whole(order.save_latents, data, overwrite=order.overwrite)
+            report.file(order.save_latents)
         report.finish(
             {
-                **run_record(plan, maker.dtypes, hashed, controls.record, batch_size),
-                "settings": applied(settings),
+                **run_record(blueprint, stages.dtypes, hashed, inputs, batch_size),
+                "settings": applied(jobs[0].settings),
                 "images": made,
                 "files": [image["file"] for image in made],
                 "seeds": [image["seed"] for image in made],
-                "latents": None if request.save_latents is None else str(request.save_latents),
+                "latents": None if order.save_latents is None else str(order.save_latents),
                 "timings": {
                     "load_seconds": clock.seconds["load"],
                     "encode_seconds": clock.seconds["encode"],
@@ -126,60 +135,63 @@ def run(request: Request, report: AbstractReport) -> None:
         )
 
 
-def open_plan(request: Request, controlnets: Sequence[str]) -> Blueprint:
-    """All of the model but its weights."""
+def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
+    """Reads all of the model but its weights."""
     return open_model(
-        request.model,
-        request.weights,
-        parts=request.parts,
+        order.model,
+        order.weights,
+        parts=order.parts,
         controlnets=controlnets,
-        steps=request.settings["steps"],
-        loras=request.loras,
-        lora_partial=request.lora_partial,
-        lora_mode=request.lora_mode,
-        revision=request.revision,
-        dtype=request.dtype,
-        compute_dtype=request.compute_dtype,
-        mesh=parse_mesh(request.mesh),
+        steps=order.settings["steps"],
+        loras=order.lora or (),
+        lora_partial=order.lora_partial,
+        lora_mode=order.lora_mode,
+        revision=order.revision,
+        dtype=order.dtype,
+        compute_dtype=order.compute_dtype,
+        mesh=parse_mesh(order.mesh),
     )
 
 
-def open_noise(
-    path: Path | None, plan: Blueprint, settings: Settings, count: int
-) -> np.ndarray | None:
-    """The initial noise of `count` images, if a file of it is given."""
-    if path is None:
-        return None
-    noise = read_noise(path)
-    h, w, c = plan.family.latent_shape(plan.configs, settings)
-    check_noise(noise, (count, c, h, w))
-    return noise
+def open_pictures(order: Order) -> dict[str, Any]:
+    """Reads the input picture and its mask, where they are given. **Raises:** `SourceError`."""
+    files: dict[str, Path | None] = {"image": order.image, "mask": order.mask}
+    return {name: read_picture(path) for name, path in files.items() if path is not None}
 
 
-def warn_of_dropped(
-    plan: Blueprint, prompts: Sequence[str], settings: Settings, report: AbstractReport
-) -> None:
-    """Warns of every prompt that a text encoder sees only the beginning of."""
-    texts = [(f"prompt {i}", text, settings.prompt_2) for i, text in enumerate(prompts, 1)]
-    if settings.negative_prompt is not None:
-        negative = ("negative prompt", settings.negative_prompt, settings.negative_prompt_2)
-        texts.append(negative)
-    for what, prompt, prompt_2 in texts:
-        for encoder, tokens in plan.tokenize(prompt, prompt_2, settings).items():
-            if tokens.dropped:
-                report.note(
-                    "warning",
-                    f"{what} is too long for {encoder}, which takes {len(tokens.ids)} tokens; "
-                    f"this is dropped: {tokens.dropped!r}",
-                    encoder=encoder,
-                    dropped=tokens.dropped,
-                )
+def input_record(
+    order: Order, pictures: dict[str, Any], controls: OpenedControls
+) -> dict[str, Any]:
+    """Returns what a picture tells of its input pictures, by the names of their options."""
+    files: dict[str, Path | None] = {"image": order.image, "mask": order.mask}
+    record: dict[str, Any] = {
+        name: {
+            "file": path.name,
+            "sha256": hashlib.sha256(np.asarray(pictures[name]).tobytes()).hexdigest(),
+        }
+        for name, path in files.items()
+        if path is not None
+    }
+    crop = {"mask_blur": order.mask_blur, "mask_crop": order.mask_crop}
+    record |= {name: value for name, value in crop.items() if value}
+    return {**record, "controls": controls.record}
 
 
-def pick_seeds(request: Request) -> list[int]:
-    """Of the images of each prompt. **Raises:** `SettingError`."""
-    check_range("num_images", request.num_images, 1, 2**31)
-    end = 2**32 - request.num_images
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+def tell(blueprint: Blueprint, jobs: Sequence[Job], report: AbstractReport) -> None:
+    """Reports what a user should know before the pictures are made."""
+    for cut in cuts(jobs):
+        facts = dataclasses.asdict(cut)
+        report.note("warning", str(cut), encoder=facts["encoder"], dropped=facts["dropped"])
+    if blueprint.note is not None:
+        report.note("weights", blueprint.note)
+    for lora in () if blueprint.adapters is None else blueprint.adapters.reports:
+        report.note("warning" if lora.unused else "lora", str(lora), layers=dict(lora.layers))
+
+
+def pick_seeds(order: Order) -> list[int]:
+    """Picks the seeds of the images of each prompt. **Raises:** `SettingError`."""
+    check_range("num_images", order.num_images, 1, 2**31)
+    end = 2**32 - order.num_images
+    seed = secrets.randbelow(2**31) if order.seed is None else order.seed
     check_range("seed", seed, 0, end)
-    return list(range(seed, seed + request.num_images))
+    return list(range(seed, seed + order.num_images))

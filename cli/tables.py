@@ -1,27 +1,20 @@
 """The commands that list what there is."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from typer import Option
-
-
-if TYPE_CHECKING:
-    from eqxdiff.models import Settings
 
 
 Json = Annotated[bool, Option("--json", help="As a JSON list.")]
 
 
 def models(as_json: Json = False) -> None:
-    """Lists the models."""
-    from eqxdiff.models import FAMILIES
+    """Lists the models, and the settings that each takes."""
+    from eqxdiff.models import applied, declarations, families
 
-    presets = {
-        name: (family, preset) for family in FAMILIES for name, preset in family.presets.items()
-    }
+    presets = {name: (f, preset) for f in families() for name, preset in f.presets.items()}
     if as_json:
         rows = [
             {
@@ -29,9 +22,9 @@ def models(as_json: Json = False) -> None:
                 "summary": preset.summary,
                 "repository": preset.repository,
                 "parts": dict(preset.parts),
-                "defaults": settings(preset.defaults),
+                "defaults": applied(preset.defaults),
                 "steps": list(preset.distilled) or None,
-                "takes": sorted(family.honoured),
+                "takes": sorted(declarations(family.settings)),
                 "controls": dict(preset.controls),
             }
             for name, (family, preset) in presets.items()
@@ -40,24 +33,20 @@ def models(as_json: Json = False) -> None:
         return
     rows = []
     for name, (_, preset) in presets.items():
-        own = preset.defaults
-        scale = own.guidance if own.cfg is None else own.cfg
-        guidance = "none" if scale is None else f"{scale:g}"
-        steps = "/".join(map(str, preset.distilled)) or own.steps
-        size = f"{steps} steps, {own.width}x{own.height}, {own.max_sequence_length} tokens"
-        rows.append((name, preset.summary, preset.repository, f"{size}, guidance {guidance}"))
+        own = applied(preset.defaults)
+        steps = "/".join(map(str, preset.distilled)) or own["steps"]
+        size = f"{own.pop('width')}x{own.pop('height')}"
+        own = {key: value for key, value in own.items() if key != "steps"}
+        others = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in own.items())
+        defaults = f"{steps} steps, {size}" + (f", {others}" if others else "")
+        rows.append((name, preset.summary, preset.repository, defaults))
     print(table(("NAME", "WHAT", "REPOSITORY", "DEFAULTS"), rows))
-    for family in FAMILIES:
-        options = ", ".join(sorted(name.replace("_", "-") for name in family.honoured))
+    for family in families():
+        options = ", ".join(sorted(n.replace("_", "-") for n in declarations(family.settings)))
         controls = sorted({name for preset in family.presets.values() for name in preset.controls})
         print(f"\n{', '.join(family.presets)} take:\n  {options}")
         if controls:
             print(f"  control: {', '.join(controls)}, or any repository or folder")
-
-
-def settings(defaults: "Settings") -> dict[str, Any]:
-    """Those that are in force."""
-    return {name: v for name, v in dataclasses.asdict(defaults).items() if v is not None}
 
 
 def samplers(as_json: Json = False) -> None:

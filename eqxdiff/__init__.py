@@ -1,8 +1,7 @@
 """Text-to-image diffusion models in JAX and Equinox."""
 
-import importlib
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._errors import (
     CheckpointError as CheckpointError,
@@ -12,24 +11,38 @@ from ._errors import (
     SettingError as SettingError,
     SourceError as SourceError,
 )
+from ._lazy import lazy
 
 
 if TYPE_CHECKING:
     from . import lora as lora
-    from .models import Settings as Settings, find_model as find_model, model_names as model_names
+    from .models import (
+        Family as Family,
+        Settings as Settings,
+        find_model as find_model,
+        model_names as model_names,
+    )
     from .pipeline import (
         Blueprint as Blueprint,
         ControlImage as ControlImage,
+        CutPromptWarning as CutPromptWarning,
         Encoded as Encoded,
+        Example as Example,
         Picture as Picture,
         Pipeline as Pipeline,
+        Request as Request,
         Result as Result,
+        Stages as Stages,
+        decode as decode,
         generate as generate,
         generate_each as generate_each,
         load as load,
         open_model as open_model,
+        prepare as prepare,
+        sample_latent as sample_latent,
+        steps as steps,
     )
-    from .sampling import sample as sample
+    from .sampling import Hook as Hook, sample as sample
     from .sharding import make_mesh as make_mesh
 
 
@@ -38,23 +51,18 @@ __version__ = importlib.metadata.version("eqxdiff")
 # Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
 _HOMES = {
     "lora": (),
-    "models": ("Settings", "find_model", "model_names"),
+    "models": ("Family", "Settings", "find_model", "model_names"),
     "pipeline": (
-        *("Blueprint", "ControlImage", "Encoded", "Picture", "Pipeline", "Result"),
-        *("generate", "generate_each", "load", "open_model"),
+        *("Blueprint", "ControlImage", "CutPromptWarning", "Encoded", "Example", "Picture"),
+        *("Pipeline", "Request", "Result", "Stages", "decode", "generate", "generate_each"),
+        *("load", "open_model", "prepare", "sample_latent", "steps"),
     ),
-    "sampling": ("sample",),
+    "sampling": ("Hook", "sample"),
     "sharding": ("make_mesh",),
 }
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{home}", __name__), name)
-    if name in _HOMES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -9,8 +9,8 @@ from helpers import FIXTURES, fake_tensor, write_checkpoint
 
 from eqxdiff.checkpoint import export_infos, read_table
 from eqxdiff.models import find_model
-from eqxdiff.models._unet_tiny import CONTROLNET
 from eqxdiff.models.sdxl.tiny import ADDED
+from eqxdiff.models.unet.tiny import CONTROLNET
 
 
 CASES = json.loads((FIXTURES / "sd_pipeline.json").read_text())

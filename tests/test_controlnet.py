@@ -26,9 +26,9 @@ from test_unet import (
 
 from eqxdiff._errors import ConfigError
 from eqxdiff.checkpoint import check, export_infos, leaf_paths, load_module, read_table
-from eqxdiff.models import _controlnet
-from eqxdiff.models._controlnet import ControlNet, ControlNetConfig
-from eqxdiff.models._unet_rules import CONTROLNET
+from eqxdiff.models.unet import controlnet as _controlnet
+from eqxdiff.models.unet.controlnet import ControlNet, ControlNetConfig
+from eqxdiff.models.unet.rules import CONTROLNET
 from eqxdiff.sharding import logical_axes
 from eqxdiff.tensors import InMemory
 

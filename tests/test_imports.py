@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Each room may import the rooms on the lines above its own, and its own files.
 ORDER = [
-    ("_types", "_errors", "_dtypes", "_config", "sharding", "control"),
+    ("_types", "_errors", "_dtypes", "_config", "sharding", "control", "pictures"),
     ("nn", "kernels"),
     ("tensors",),
     ("checkpoint",),

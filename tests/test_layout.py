@@ -241,7 +241,7 @@ def test_a_family_brings_its_own_forms_and_tables(tmp_path, monkeypatch):
     family = types.SimpleNamespace(components={"body": own}, controlnet=None, files=files)
     shapes = {"a.toy_net.mark": (7,), "dust.x": (1,)}
     assert describe(Header(shapes)) is None
-    monkeypatch.setattr(recognise_module, "known", lambda: (*FAMILIES, family))
+    monkeypatch.setattr(recognise_module, "families", lambda: (*FAMILIES, family))
     assert describe(Header(shapes)) is toy
     assert describe(Header(whole("sd15"))).models == ("sd15",)
     skeleton = {"net": {"mark": jax.ShapeDtypeStruct((7,), F32)}}

@@ -15,6 +15,7 @@ REFERENCE = Path(__file__).parent / "reference"
 SCRIPTS = {
     "flux1": ["flux1.npz"],
     "flux1_pipeline": ["flux1_pipeline.npz"],
+    "pictures": ["pictures.npz"],
     "sd_pipeline": ["sd_pipeline.npz"],
     "lora": ["lora.npz"],
     "solvers": ["solvers.npz"],

@@ -27,7 +27,7 @@ from test_lora_formats import check_changes
 from test_lora_kinds import dora, loha, lokr
 
 from eqxdiff import lora
-from eqxdiff.models._unet import AddedConditioning
+from eqxdiff.models.unet.network import AddedConditioning
 
 
 @cache

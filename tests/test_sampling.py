@@ -13,11 +13,13 @@ from eqxdiff.sampling import (
     DPMpp2M,
     Euler,
     Flow,
+    Guided,
     Heun,
     UniPC,
+    begin,
     flow_schedule,
     sample,
-    stack_conditioning,
+    stack_conditions,
     start,
     step,
 )
@@ -36,8 +38,8 @@ DENOISER = Denoiser(Conditioned(NETWORK, TEXT), Flow())
 
 
 def guided(text, scale):
-    texts = stack_conditioning(text, jnp.zeros_like(text))
-    return Denoiser(ClassifierFree(NETWORK, texts, jnp.asarray(scale)), Flow())
+    texts = stack_conditions(text, jnp.zeros_like(text))
+    return Denoiser(Guided(NETWORK, texts, ClassifierFree(jnp.asarray(scale))), Flow())
 
 
 @pytest.mark.parametrize("remat", ["none", "step", "sqrt"])
@@ -55,9 +57,10 @@ def test_rematerialisation_changes_neither_values_nor_gradients(remat, steps):
 def test_the_loop_of_jitted_steps_is_the_scan():
     schedule, solver = flow_schedule(5), Euler()
     jitted = eqx.filter_jit(step)
-    x, state = start(noise(), schedule), None
+    x = start(noise(), schedule)
+    state = begin(DENOISER, x, schedule, solver)
     for index in range(schedule.steps):
-        x, state = jitted(DENOISER, x, state, schedule, jnp.asarray(index), solver)
+        x, _, state = jitted(DENOISER, x, state, schedule, jnp.asarray(index), solver)
     np.testing.assert_allclose(x, sample(DENOISER, noise(), schedule, solver), rtol=1e-5)
 
 
@@ -112,8 +115,8 @@ def test_gradients_agree_with_finite_differences(x64, solver, remat):
 
     def loss(t):
         weights = eqx.tree_at(lambda n: n.toy.mix, network, network.toy.mix.at[1, 2].add(t[1]))
-        conditioning = stack_conditioning(text.at[3].add(t[0]), jnp.zeros_like(text))
-        predict = ClassifierFree(weights, conditioning, 3 + t[2])
+        conditioning = stack_conditions(text.at[3].add(t[0]), jnp.zeros_like(text))
+        predict = Guided(weights, conditioning, ClassifierFree(3 + t[2]))
         rows = eqx.tree_at(lambda s: s.sigma, schedule, schedule.sigma.at[2].add(t[3]))
         return jnp.sum(sample(Denoiser(predict, Flow()), x, rows, solver, remat=remat) ** 2)
 

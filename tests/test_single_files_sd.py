@@ -13,9 +13,9 @@ import pytest
 from helpers import FIXTURES, fake_tensor, read_manifest
 
 from eqxdiff.checkpoint import check, export_tensors, load_module, read_table
-from eqxdiff.models._controlnet import ControlNet, ControlNetConfig
-from eqxdiff.models._unet import UNet
-from eqxdiff.models._unet_config import UNetConfig
+from eqxdiff.models.unet.config import UNetConfig
+from eqxdiff.models.unet.controlnet import ControlNet, ControlNetConfig
+from eqxdiff.models.unet.network import UNet
 from eqxdiff.tensors import InMemory
 from eqxdiff.text import CLIPTextConfig, CLIPTextModel
 from eqxdiff.vae import AutoencoderKL, AutoencoderKLConfig

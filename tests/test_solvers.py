@@ -32,6 +32,7 @@ from eqxdiff.sampling import (
     StochasticDDIM,
     UniPC,
     VPrediction,
+    begin,
     default_sampler,
     discrete_schedule,
     find_sampler,
@@ -56,9 +57,9 @@ whole = eqx.filter_jit(sample)
 
 def trajectory(denoiser, x, schedule, solver, key=None):
     """x at every row."""
-    rows, state = [x], solver.init(x, schedule)
+    rows, state = [x], begin(denoiser, x, schedule, solver)
     for index in range(schedule.steps):
-        x, state = jitted(denoiser, x, state, schedule, jnp.asarray(index), solver, key)
+        x, _, state = jitted(denoiser, x, state, schedule, jnp.asarray(index), solver, key)
         rows.append(x)
     return rows
 
@@ -259,9 +260,9 @@ def step_and_gradient(x, state, schedule, index, solver):
 def test_solvers_are_exact_on_a_point_from_pure_noise(name):
     """Zero terminal SNR is no special case, nor is the end at no noise; no gradient is NaN."""
     schedule, solver = ends(4), EVERY[name]
-    x, state = noise(), solver.init(noise(), schedule)
+    x, state = noise(), begin(point(), noise(), schedule, solver)
     for index in range(4):
-        gradient, (x, state) = step_and_gradient(x, state, schedule, jnp.asarray(index), solver)
+        gradient, (x, _, state) = step_and_gradient(x, state, schedule, jnp.asarray(index), solver)
         if not solver.requires_key:  # new noise has a root in it, whose argument is 0 at the ends
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(x, noise() / 3, rtol=1e-5, atol=2e-6)
@@ -398,9 +399,9 @@ def test_no_solver_compiles_again_for_other_numbers(sampler):
         schedule = discrete_schedule(config, 3, sampler.grid, **kwargs)
         denoiser = Denoiser(jax.tree.map(lambda a: scale * a, Toy.init()), Epsilon())
         solver = sampler.solver_for(Epsilon(), eta=0.5 * scale if sampler.name == "ddim" else None)
-        x, state = scale * noise(), solver.init(noise(), schedule)
+        x, state = scale * noise(), begin(denoiser, noise(), schedule, solver)
         for index in range(3):
-            x, state = run(denoiser, x, state, schedule, jnp.asarray(index), solver, key)
+            x, _, state = run(denoiser, x, state, schedule, jnp.asarray(index), solver, key)
         return x
 
     plain = parse_discrete_config({"_class_name": "EulerDiscreteScheduler"}, name="config")

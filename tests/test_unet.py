@@ -14,9 +14,9 @@ from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
 
 from eqxdiff._errors import ConfigError
 from eqxdiff.checkpoint import check, export_infos, leaf_paths, load_module, read_table
-from eqxdiff.models._unet import AddedConditioning, Residuals, UNet
-from eqxdiff.models._unet_config import UNetConfig
-from eqxdiff.models._unet_rules import UNET
+from eqxdiff.models.unet.config import UNetConfig
+from eqxdiff.models.unet.network import AddedConditioning, Residuals, UNet
+from eqxdiff.models.unet.rules import UNET
 from eqxdiff.nn import GroupNorm, LayerNorm
 from eqxdiff.sharding import logical_axes
 from eqxdiff.tensors import InMemory

@@ -27,6 +27,12 @@ Module = TypeVar("Module")
 FILE = "file"
 """In place of a dtype: every leaf keeps what it has in the file."""
 
+Change = Callable[[str, np.ndarray, Box, Callable[[str, Box], np.ndarray]], None]
+"""Changes a box of a leaf in place before it goes to its device: `change(path, buffer, box, read)`.
+
+`read(path, box)` reads any box of any leaf of the file, as it would be without the change.
+"""
+
 CHUNK_BYTES = 4 << 20
 """A tensor is read, checked and cast in pieces of this size, which stay in the cache."""
 
@@ -88,6 +94,7 @@ def load_module(
     sharding: Any = None,
     name: str = "the checkpoint",
     progress: Callable[[int, int], None] | None = None,
+    change: Change | None = None,
 ) -> Module:
     """Makes the module of which `skeleton` is the shape.
 
@@ -105,6 +112,8 @@ def load_module(
       process reads only what its own devices hold.
     - `name`: what errors call the file.
     - `progress`: called now and then with the bytes done and the bytes in all.
+    - `change`: changes each box of each leaf in place after it is read. A leaf is one box, or one
+      for each different shard that this process holds.
 
     **Raises:** `CheckpointError` where the file is damaged, does not hold exactly the tensors that
     the table asks for in the right shapes, or holds a value that is not finite.
@@ -133,13 +142,21 @@ def load_module(
         if progress is not None:
             progress(told, total)
 
-    with Reader(source, name, advance) as reader:
+    with Reader(source, name, advance) as reader, Reader(source, name) as silent:
+        read = lambda leaf, box: silent.fill(plan, leaf, box, dtypes[leaf])
+
+        def fill(leaf: str, box: Box) -> np.ndarray:
+            buffer = reader.fill(plan, leaf, box, dtypes[leaf])
+            if change is not None:
+                change(leaf, buffer, box, read)
+            return buffer
+
         for entries, leaf in flat:
             if not is_leaf(leaf):
                 values.append(leaf)
                 continue
             path = dotted(entries)
-            array = _load_leaf(reader, plan, path, shapes[path], dtypes[path], place)
+            array = _load_leaf(fill, path, shapes[path], place)
             # one leaf may be on its way to a device while the next is read, not more
             jax.block_until_ready(arriving)
             arriving = [array]
@@ -186,23 +203,21 @@ def _placement(sharding: Any, skeleton: Any) -> Callable[[str, Shape], Any]:
 
 
 def _load_leaf(
-    reader: "Reader",
-    plan: Plan,
+    fill: Callable[[str, Box], np.ndarray],
     leaf: str,
     shape: Shape,
-    dtype: np.dtype,
     place: Callable[[str, Shape], Any],
 ) -> jax.Array:
     sharding = place(leaf, shape)
     if sharding is None:
-        return put(reader.fill(plan, leaf, tuple((0, size) for size in shape), dtype), None)
+        return put(fill(leaf, tuple((0, size) for size in shape)), None)
     boxes: dict[Box, list[Any]] = {}
     for device, slices in sharding.addressable_devices_indices_map(shape).items():
         index = tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
         boxes.setdefault(index, []).append(device)
     shards = []
     for index, devices in boxes.items():
-        buffer = reader.fill(plan, leaf, index, dtype)
+        buffer = fill(leaf, index)
         shards += [put(buffer, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

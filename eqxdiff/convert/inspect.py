@@ -17,7 +17,7 @@ from ..checkpoint.plan import condense
 from ..checkpoint.table import table_name
 from ..hub import Source, is_file, open_source
 from ..hub.source import NETWORK_ERRORS, explain
-from ..models import AbstractFamily, Lookalikes, find_model
+from ..models import Family, Lookalikes, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
 from .open import plain
@@ -149,7 +149,7 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
 
 
 def _misfits(
-    family: AbstractFamily, source: Source, headers: Mapping[str, AbstractTensorSource]
+    family: Family, source: Source, headers: Mapping[str, AbstractTensorSource]
 ) -> list[str]:
     problems = []
     for name, component in family.components.items():

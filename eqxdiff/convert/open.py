@@ -11,7 +11,7 @@ from typing import Any
 from .._errors import SettingError, SourceError
 from ..checkpoint import Table
 from ..hub import Source, is_file, open_part, open_source
-from ..models import AbstractFamily, Lookalikes, find_model
+from ..models import Family, Lookalikes, find_model
 from ..tensors import PICKLES, AbstractTensorSource, dequantised, open_tensors
 from .recognise import claim, denoisers, describe, locate
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
     name: str
     model: str
-    family: AbstractFamily
+    family: Family
     components: Mapping[str, Opened]
     configs: Source
     stamp: str
@@ -162,7 +162,7 @@ def _guess(kind: Lookalikes | None, spec: str) -> str:
     return kind.models[0]
 
 
-def _config(family: AbstractFamily, source: Source, name: str) -> Any:
+def _config(family: Family, source: Source, name: str) -> Any:
     return family.components[name].parse(plain(source.read_json(f"{name}/config.json")))
 
 

@@ -1,7 +1,7 @@
 """What a file holds, by the names and shapes in its header: never by the name of the file."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import CheckpointError
@@ -10,19 +10,14 @@ from ..checkpoint.form import Form
 from ..checkpoint.plan import Plan, Shape, compile_plan, condense
 from ..checkpoint.table import Pattern, TableFile
 from ..hub import Part, Weights
-from ..models import FAMILIES, AbstractFamily, Component, Lookalikes, PublishedFiles
+from ..models import Component, Lookalikes, PublishedFiles, families
 from ..tensors import AbstractTensorSource, Subset, dequantised
-
-
-def known() -> Sequence[AbstractFamily]:
-    """Returns the families whose files are recognised."""
-    return FAMILIES
 
 
 def forms() -> dict[TableFile, tuple[Form, ...]]:
     """Returns the forms of each kind of component, which is called by its published table."""
     found: dict[TableFile, tuple[Form, ...]] = {}
-    for family in known():
+    for family in families():
         for component in (*family.components.values(), family.controlnet):
             if component is not None:
                 others = found.get(component.table, ())
@@ -32,13 +27,13 @@ def forms() -> dict[TableFile, tuple[Form, ...]]:
 
 def denoisers() -> list[str]:
     """Returns the folders in which the families have their denoisers."""
-    parts = [part for family in known() for part in family.components.items()]
+    parts = [part for family in families() for part in family.components.items()]
     return list(dict.fromkeys(name for name, part in parts if part.stage == "denoiser"))
 
 
 def leftovers() -> Table:
     """Returns a table that drops what single files hold besides their components."""
-    patterns = (pattern for family in known() for pattern in family.files.leftovers)
+    patterns = (pattern for family in families() for pattern in family.files.leftovers)
     return Table("leftovers", drop=tuple(map(Pattern.parse, dict.fromkeys(patterns))))
 
 
@@ -221,7 +216,7 @@ def describe(tensors: AbstractTensorSource) -> Lookalikes | None:
     """Returns what models a file is of; `None` where no family knows it."""
     for piece in find_pieces(tensors.tensors)[0]:
         shapes = {name: tensors.tensors[name].shape for name in piece.names}
-        for family in known():
+        for family in families():
             if (found := family.files.recognise(piece.kind, shapes)) is not None:
                 return found
     return None

@@ -1,3 +1,3 @@
-"""Kernels: one typed interface each, an XLA reference, and a file for each backend."""
+"""Kernels: each has one typed interface, a reference in XLA, and a file for each backend."""
 
 from .attention import attention as attention

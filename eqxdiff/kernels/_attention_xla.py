@@ -1,4 +1,4 @@
-"""Attention in plain JAX: the reference, and a form that never holds all the scores."""
+"""Attention in plain JAX: the definition, and a form that never holds all the scores."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from .._dtypes import at_least_float32
 
 
-_QUERY_CHUNK = 256
+_QUERY_BLOCK, _KEY_BLOCK = 256, 512
 
 
 def plain_attention(
@@ -18,13 +18,10 @@ def plain_attention(
     mask: Bool[Array, "#heads #queries keys"] | None,
     scale: float,
 ) -> Float[Array, "queries heads dim"]:
-    """The definition, with all the scores of all heads at once."""
+    """Computes attention by its definition, with all the scores of all heads at once."""
     wide = at_least_float32(q.dtype)
     scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide) * scale
-    if bias is not None:
-        scores = scores + bias.astype(wide)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
+    scores = _biased(scores, bias, mask)
     # Normalising after the product rounds the weights of half precision once, not twice.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1)
@@ -40,30 +37,71 @@ def chunked_attention(
     mask: Bool[Array, "#heads #queries keys"] | None,
     scale: float,
 ) -> Float[Array, "queries heads dim"]:
-    """The same, one head and 256 queries at a time, as two-dimensional products."""
+    """Computes attention by blocks of queries and keys, with a running maximum and sum.
+
+    Forwards and backwards only the scores of 256 queries and 512 keys exist at a time. The heads
+    are a batch axis of each product, so a sharding of the heads stays as it is.
+
+    Source: https://arxiv.org/abs/2205.14135, algorithm 1.
+    """
+    wide = at_least_float32(q.dtype)
     queries, heads, _ = q.shape
-    pad = -queries % _QUERY_CHUNK
+    keys, _, width = v.shape
+    rows, columns = min(_QUERY_BLOCK, queries), min(_KEY_BLOCK, keys)
+    if mask is None and keys % columns:
+        mask = jnp.ones((1, 1, keys), bool)  # its padding hides the padding of the keys
 
-    def per_head(x):
-        """Broadcasts and pads a bias or mask to (heads, chunks, chunk, keys)."""
-        x = jnp.broadcast_to(x, (heads, queries, k.shape[0]))
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)), mode="edge")
-        return x.reshape(heads, -1, _QUERY_CHUNK, k.shape[0])
-
-    q_chunks = jnp.pad(q, ((0, pad), (0, 0), (0, 0))).transpose(1, 0, 2)
-    q_chunks = q_chunks.reshape(heads, -1, _QUERY_CHUNK, q.shape[-1])
-    extras = jax.tree.map(per_head, (bias, mask))
+    def query_blocks(x: Array) -> Array:
+        if x.shape[1] == 1:  # one row for all queries
+            return jnp.broadcast_to(x, (-(-queries // rows), *x.shape))
+        return _blocks(x, 1, rows, mode="edge")  # a padded query sees a key, as its neighbour does
 
     @jax.checkpoint
-    def one_chunk(k, v, chunk):
-        q, bias, mask = chunk
-        one = lambda x: None if x is None else x[None]
-        return plain_attention(q[:, None], k, v, one(bias), one(mask), scale)[:, 0]
+    def attend(args):
+        q, bias, mask = args
 
-    def one_head(head):
-        q, k, v, extras = head
-        k, v = k[:, None], v[:, None]
-        return jax.lax.map(lambda chunk: one_chunk(k, v, chunk), (q, *extras))
+        @jax.checkpoint
+        def step(carry, args):
+            top, total, out = carry
+            k, v, bias, mask = args
+            scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=wide) * scale
+            scores = _biased(scores, bias, mask)
+            highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+            new_top = jnp.maximum(top, highest)
+            weights, decay = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+            total = decay * total + jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights.astype(v.dtype)
+            part = jnp.einsum("hqk,hkd->hqd", weights, v, preferred_element_type=wide)
+            return (new_top, total, decay * out + part), None
 
-    out = jax.lax.map(one_head, (q_chunks, k.transpose(1, 0, 2), v.transpose(1, 0, 2), extras))
-    return out.reshape(heads, -1, q.shape[-1]).transpose(1, 0, 2)[:queries]
+        # The lowest finite maximum, not -inf, because a block may hide all its keys from a query.
+        top = jnp.full((heads, rows, 1), jnp.finfo(wide).min, wide)
+        carry = top, jnp.zeros_like(top), jnp.zeros((heads, rows, width), wide)
+        parts = jax.tree.map(lambda x: _blocks(x, 2, columns), (bias, mask))
+        (_, total, out), _ = jax.lax.scan(step, carry, (k_blocks, v_blocks, *parts))
+        return (out / total).astype(q.dtype)
+
+    q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
+    k_blocks, v_blocks = _blocks(k, 1, columns), _blocks(v, 1, columns)
+    out = jax.lax.map(attend, jax.tree.map(query_blocks, (q, bias, mask)))
+    return out.transpose(0, 2, 1, 3).reshape(-1, heads, width)[:queries]
+
+
+def _biased(
+    scores: Float[Array, "heads queries keys"],
+    bias: Float[Array, "#heads #queries keys"] | None,
+    mask: Bool[Array, "#heads #queries keys"] | None,
+) -> Float[Array, "heads queries keys"]:
+    """Adds the bias, and sets the scores that the mask hides to minus infinity."""
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
+    return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+
+
+def _blocks(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
+    """Pads an axis to a multiple of `size` and splits it into blocks, along a new first axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, widths, mode=mode)
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)

@@ -21,18 +21,18 @@ def attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "queries heads dim"]:
-    """Softmax attention of one example: `softmax(scale q k^T + bias) v`, head by head.
+    """Computes the attention of one example: `softmax(scale q k^T + bias) v` for each head.
 
-    Scores and softmax are computed in at least float32; the result has the dtype of `q`.
+    Scores and softmax are in at least float32; the result has the dtype of `q`.
 
     **Arguments:**
 
     - `q`, `k`, `v`: any number of queries and of keys, in one dtype.
-    - `bias`: added to the scores after scaling.
+    - `bias`: what to add to the scaled scores.
     - `mask`: `True` where a query may look. At least one key of every query must be visible.
     - `scale`: `dim ** -0.5` by default.
-    - `implementation`: `"plain"` holds all scores at once, `"chunked"` those of one head and
-        some queries. By default plain up to 64 MiB of scores.
+    - `implementation`: `"plain"` holds all scores at once, `"chunked"` the scores of some queries
+        and keys at a time. By default plain up to 64 MiB of scores, and chunked beyond.
 
     Source: https://arxiv.org/abs/1706.03762, section 3.2.
     """

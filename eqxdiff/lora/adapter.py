@@ -3,42 +3,81 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
+from ..models import Family, LoraFormat
 from ..tensors import AbstractTensorSource, show
-from .formats import Format, check_names, find_format, split_name
-from .kinds import Kind, Shape, Tensors, find_kind
+from .formats import check_names, find_format, split_name
+from .kinds import DeltaKind, Shape, Tensors, find_kind
 from .strength import Strength
 
 
 EXTRA = ("alpha", "scale", "up_bias", "diff_b", "dora_scale", "magnitude", "reshape")
-"""Slots that come besides those of a kind."""
+"""The slots that may accompany those of a kind."""
+
+
+class FileTensor:
+    """A tensor of an adapter, which stays in its file until it is needed."""
+
+    def __init__(self, source: AbstractTensorSource, name: str, where: str):
+        """**Arguments:**
+
+        - `where`: the file's name in errors.
+
+        **Raises:** `CheckpointError` where it holds a value that is not finite.
+        """
+        self._source, self._name, self._where = source, name, where
+        data = self._data()
+        self._checksum = zlib.crc32(data.tobytes())
+        if not np.isfinite(data.astype(np.float32)).all():
+            raise CheckpointError(f"{where}: {show(name)} holds a value that is not finite.")
+
+    @property
+    def shape(self) -> Shape:
+        return self._source.tensors[self._name].shape
+
+    def _data(self) -> np.ndarray:
+        info = self._source.tensors[self._name]
+        out = np.empty(info.shape, info.dtype)
+        self._source.read(self._name, tuple((0, size) for size in info.shape), out)
+        return out
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor in float32.
+
+        **Raises:** `CheckpointError` where the file has changed since it was opened.
+        """
+        data = self._data()
+        if zlib.crc32(data.tobytes()) != self._checksum:
+            raise CheckpointError(f"{self._where} has changed since it was opened: load it again.")
+        return data.astype(np.float32, copy=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patch:
-    """What an adapter does to one module, in the layout of its file.
+    """The change that an adapter makes to one module, in the layout of its file.
 
     **Fields:**
 
     - `module`: the module's name in the file, with its prefix.
-    - `kind`, `tensors`: of the weight's change; `None` where only the bias changes.
-    - `factor`: what the kind's delta is multiplied by: alpha over rank.
-    - `alpha`: as found in the file or its metadata; `None` where the rank is meant.
+    - `kind`, `tensors`: the change of the weight; `kind` is `None` where only the bias changes.
+    - `factor`: the number that multiplies the kind's delta: alpha over rank.
+    - `alpha`: alpha as found in the file or its metadata; `None` where it is the rank.
     - `bias`: the change of the bias.
-    - `magnitude`: of a DoRA, and whether it lies along the rows by its name.
-    - `reshape`: the shape that the weight is to have before.
-    - `names`: of its tensors in the file.
+    - `magnitude`, `by_rows`: the magnitudes of a DoRA; by its name they lie along the rows.
+    - `reshape`: the shape that the weight must have before the change.
+    - `names`: the names of its tensors in the file.
     """
 
     module: str
-    kind: Kind | None
-    tensors: Tensors
+    kind: DeltaKind | None
+    tensors: Mapping[str, FileTensor]
     factor: float
     alpha: float | None
     bias: np.ndarray | None
@@ -49,7 +88,7 @@ class Patch:
 
     @property
     def shape(self) -> Shape | None:
-        """Of the weight's delta; `None` where the weight does not change."""
+        """The shape of the weight's delta; `None` where the weight does not change."""
         return None if self.kind is None else self.kind.shape(self.tensors)
 
     @property
@@ -58,7 +97,7 @@ class Patch:
 
     @property
     def kind_name(self) -> str:
-        """With DoRA and Tucker told apart."""
+        """The kind, with DoRA and Tucker forms told apart."""
         if self.kind is None:
             return "bias"
         if self.kind.name in ("diff", "set") and len(next(iter(self.tensors.values())).shape) == 1:
@@ -67,25 +106,29 @@ class Patch:
         name = f"{self.kind.name}-tucker" if tucker else self.kind.name
         return name if self.magnitude is None else f"dora-{name}".replace("dora-lora", "dora")
 
+    def read(self) -> Tensors:
+        """Reads the tensors of the kind, in float32. **Raises:** `CheckpointError`."""
+        return {slot: tensor.read() for slot, tensor in self.tensors.items()}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA, or one of its relatives, as read from a file.
+    """A LoRA, or one of its relatives. Its matrices stay in its file until they are needed.
 
     **Fields:**
 
-    - `name`: what errors and reports call it.
-    - `format`: how its names are spelled.
-    - `patches`: what it does to each module.
-    - `unread`: name of a tensor -> why it belongs to no patch.
-    - `metadata`: of the file's header.
-    - `dtype`: of its tensors, for the record; the patches are in float32.
-    - `strength`: that it is applied with.
-    - `sha256`: of the file, in hex; empty where it is not from one.
+    - `name`: its name in errors and reports.
+    - `format`: the spelling of its names.
+    - `patches`: the changes that it makes to modules.
+    - `unread`: name of a tensor -> the reason why it belongs to no patch.
+    - `metadata`: the metadata in the file's header.
+    - `dtype`: the dtype of its tensors, for the record; patches compute in float32.
+    - `strength`: the strength with which it is applied.
+    - `sha256`: the hash of the file, in hex; empty for an adapter that is not from a file.
     """
 
     name: str
-    format: Format
+    format: LoraFormat
     patches: tuple[Patch, ...]
     unread: Mapping[str, str]
     metadata: Mapping[str, str]
@@ -94,7 +137,7 @@ class Adapter:
     sha256: str = ""
 
     def scaled(self, strength: float | str | Strength) -> "Adapter":
-        """The same adapter at another strength, such as `0.8` or `"unet=0.8,text_encoder=0"`.
+        """Returns the same adapter at another strength, such as `0.8` or `"0.8,NAME.layers.1=0"`.
 
         **Raises:** `SettingError`.
         """
@@ -107,18 +150,22 @@ def parse_adapter(
     name: str,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
+    families: Sequence[Family] | None = None,
 ) -> Adapter:
-    """Reads the tensors of an adapter.
+    """Parses the tensors of an adapter.
 
     **Arguments:**
 
-    - `metadata`: of the file, which may hold alpha.
-    - `config`: PEFT's `adapter_config.json`, which may hold it too.
+    - `name`: its name in errors and reports.
+    - `metadata`: the metadata of the file, which may hold alpha.
+    - `config`: PEFT's `adapter_config.json`, which may hold alpha too.
+    - `families`: the families whose formats are recognised; all by default.
 
-    **Raises:** `CheckpointError` where it is none, or has numbers that are not finite.
+    **Raises:** `CheckpointError` where the source is no adapter, or holds a value that is not
+    finite.
     """
-    check_names(source.tensors, name)
-    form = find_format(source.tensors)
+    form = find_format(source.tensors, families)
+    check_names(source.tensors, form, name)
     modules: dict[str, dict[str, str]] = {}
     unread: dict[str, str] = {}
     for tensor in source.tensors:
@@ -137,16 +184,16 @@ def parse_adapter(
         if why is not None:
             unread.update(dict.fromkeys(slots.values(), why))
             continue
-        arrays = {slot: _read(source, tensor, name) for slot, tensor in slots.items()}
+        tensors = {slot: FileTensor(source, tensor, name) for slot, tensor in slots.items()}
         try:
-            patches.append(_patch(module, arrays, tuple(slots.values()), alphas))
+            patches.append(_patch(module, tensors, tuple(slots.values()), alphas))
         except ValueError as error:
             unread.update(dict.fromkeys(slots.values(), f"has {error}"))
     return Adapter(name, form, tuple(patches), unread, dict(metadata or {}), source.dtype)
 
 
 def _refuse(slots: Mapping[str, str], source: AbstractTensorSource) -> str | None:
-    """Why these slots make no patch."""
+    """The reason why these slots make no patch, if there is one."""
     own = {slot for slot in slots if slot not in EXTRA}
     if own and find_kind(own) is None:
         return f"is of no known kind ({', '.join(sorted(own))})"
@@ -164,51 +211,42 @@ def _refuse(slots: Mapping[str, str], source: AbstractTensorSource) -> str | Non
     return None
 
 
-def _read(source: AbstractTensorSource, tensor: str, name: str) -> np.ndarray:
-    info = source.tensors[tensor]
-    out = np.empty(info.shape, info.dtype)
-    source.read(tensor, tuple((0, size) for size in info.shape), out)
-    wide = out.astype(np.float32)
-    if not np.isfinite(wide).all():
-        raise CheckpointError(f"{name}: {show(tensor)} holds a value that is not finite.")
-    return wide
-
-
 def _patch(
-    module: str, arrays: dict[str, np.ndarray], names: tuple[str, ...], alphas: "Alphas"
+    module: str, slots: dict[str, FileTensor], names: tuple[str, ...], alphas: "Alphas"
 ) -> Patch:
     """**Raises:** `ValueError` where the tensors do not belong together."""
-    own = [slot for slot in arrays if slot not in EXTRA]
+    own = [slot for slot in slots if slot not in EXTRA]
     kind = find_kind(own) if own else None
-    tensors = {slot.removeprefix(kind.prefix): arrays[slot] for slot in own} if kind else {}
+    tensors = {slot.removeprefix(kind.prefix): slots[slot] for slot in own} if kind else {}
+    extra = {slot: tensor.read() for slot, tensor in slots.items() if slot in EXTRA}
     rank = None
     if kind is not None:
         kind.shape(tensors)
         rank = kind.rank(tensors)
-    alpha, factor = alphas.find(module, arrays.get("alpha"), rank)
-    if "scale" in arrays and rank is not None:
-        factor = float(arrays["scale"].reshape(()))
-    biases = [arrays[slot].reshape(-1) for slot in ("diff_b", "up_bias") if slot in arrays]
-    if "up_bias" in arrays:
+    alpha, factor = alphas.find(module, extra.get("alpha"), rank)
+    if "scale" in extra and rank is not None:
+        factor = float(extra["scale"].reshape(()))
+    biases = [extra[slot].reshape(-1) for slot in ("diff_b", "up_bias") if slot in extra]
+    if "up_bias" in extra:
         biases[-1] = biases[-1] * np.float32(factor)
     if len({each.shape for each in biases}) > 1:
         raise ValueError(f"biases of {biases[0].shape} and {biases[1].shape}")
     bias = sum(biases[1:], biases[0]) if biases else None
-    magnitude = arrays.get("magnitude", arrays.get("dora_scale"))
+    magnitude = extra.get("magnitude", extra.get("dora_scale"))
     if magnitude is not None and (kind is None or kind.name in ("diff", "set")):
         raise ValueError("magnitudes of a DoRA without its matrices")
     reshape = None
-    if "reshape" in arrays:
-        reshape = tuple(int(size) for size in arrays["reshape"].reshape(-1))
-    by_rows = "magnitude" in arrays
+    if "reshape" in extra:
+        reshape = tuple(int(size) for size in extra["reshape"].reshape(-1))
+    by_rows = "magnitude" in extra
     return Patch(module, kind, tensors, factor, alpha, bias, magnitude, by_rows, reshape, names)
 
 
 class Alphas:
-    """Where alpha stands: beside the tensors, in the header of the file, or in PEFT's config."""
+    """Finds alpha beside the tensors, in the header of the file, or in PEFT's config."""
 
     def __init__(
-        self, form: Format, metadata: Mapping[str, str], config: Mapping[str, Any], name: str
+        self, form: LoraFormat, metadata: Mapping[str, str], config: Mapping[str, Any], name: str
     ):
         self._configs: dict[str, Mapping[str, Any]] = {"": config} if config else {}
         text = metadata.get("lora_adapter_metadata")
@@ -221,7 +259,7 @@ class Alphas:
     def find(
         self, module: str, own: np.ndarray | None, rank: int | None
     ) -> tuple[float | None, float]:
-        """Alpha, if any, and what the delta is multiplied by."""
+        """Returns alpha, if there is one, and the number that multiplies the delta."""
         if rank is None:
             return None, 1.0
         if own is not None:
@@ -261,7 +299,7 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
 
 
 def _pattern(patterns: Any, path: str) -> float | None:
-    """The value for the end of a module's path that is named."""
+    """The value of the first pattern that is an ending of a module's path."""
     for ending, value in patterns.items() if isinstance(patterns, dict) else ():
         ending = ending.removeprefix("^").removesuffix("$")
         if path == ending or path.endswith(f".{ending}"):

@@ -1,28 +1,23 @@
-"""Which model an adapter is for, guessed from the widths of what it changes."""
+"""A guess which model an adapter is for, by the widths of the layers that it changes."""
 
 import re
+from collections.abc import Sequence
 
+from ..models import Family
 from .adapter import Adapter
+from .components import every_family
 
 
-BASES: tuple[tuple[str, str, int | None], ...] = (
-    ("FLUX.1", r"(double_blocks|single_blocks|single_transformer_blocks)[._]\d+[._]", 3072),
-    ("a model like FLUX.1", r"(double_blocks|single_blocks|single_transformer_blocks)[._]\d", None),
-    ("SDXL", r"attn2[._](processor[._])?to_[kv]$", 2048),
-    ("SDXL refiner", r"attn2[._](processor[._])?to_[kv]$", 1280),
-    ("SD 2", r"attn2[._](processor[._])?to_[kv]$", 1024),
-    ("SD 1.5", r"attn2[._](processor[._])?to_[kv]$", 768),
-    ("SDXL", r"(text_encoder_2|te2|clip_g)[._].*self_attn", 1280),
-    ("SD 2", r"^(text_encoder|lora_te)[._].*self_attn", 1024),
-)
-"""A model, names of modules that it has, and how many inputs these have."""
+def guess_base(adapter: Adapter, families: Sequence[Family] | None = None) -> str:
+    """Returns the name of the first model that some patch fits; `"unknown"` where none does.
 
+    **Arguments:**
 
-def guess_base(adapter: Adapter) -> str:
-    """The first model that some patch speaks for; `"unknown"` where none does."""
-    for base, pattern, width in BASES:
+    - `families`: the families whose models are considered; all by default.
+    """
+    for base in (base for family in every_family(families) for base in family.lora.bases):
         for patch in adapter.patches:
-            shape = patch.shape or ()
-            if re.search(pattern, patch.module) and (width is None or shape[1:2] == (width,)):
-                return base
+            inputs = (patch.shape or ())[1:2]
+            if re.search(base.modules, patch.module) and base.inputs in (None, *inputs):
+                return base.name
     return "unknown"

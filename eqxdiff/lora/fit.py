@@ -1,9 +1,10 @@
-"""Adapters fitted to a model: each patch to the module that it is for, or the reason why not."""
+"""Fitting: each patch of an adapter meets the module that it is for, or the reason why not."""
 
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial as bind
 from typing import Any
 
 import jax
@@ -11,139 +12,56 @@ import numpy as np
 
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths
-from ..checkpoint.plan import Move, Shape, condense
+from ..checkpoint.plan import Shape, condense
+from ..models import Family
 from ..nn import Conv2d, Linear
 from .adapter import Adapter, Patch
-from .formats import PREFIXES
-from .index import Index, Site, Target, Tensor, find_targets, follow, path_of
-from .kinds import decompose, magnitude_axis
+from .components import AdaptedComponent, find_components, follow
+from .fitted import Fitted, Hit, Report
+from .formats import prefixes_of
+from .index import LayerIndex, LayoutModule, LayoutTensor
+from .kinds import magnitude_axis
+from .source import load
 
+
+Adapters = Adapter | str | Sequence[Adapter | str]
+"""Adapters, or names of their files as `load` reads them."""
 
 MOST_REASONS = 8
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Hit:
-    """A patch and the module that it is for.
-
-    **Fields:**
-
-    - `slot`: the number of the adapter.
-    - `weight`, `bias`: the tensors that it changes, in the file's layout.
-    """
-
-    slot: int
-    patch: Patch
-    site: Site
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def delta(self, leaves: Mapping[str, Any]) -> np.ndarray | None:
-        """The change of the weight, in the layout of the file, at strength 1 and in float32.
-
-        **Arguments:**
-
-        - `leaves`: of the component, where a DoRA's or a replaced weight is looked up.
-        """
-        patch, tensor = self.patch, self.weight
-        if patch.kind is None or tensor is None:
-            return None
-        delta = patch.kind.delta(patch.tensors).reshape(tensor.shape) * np.float32(patch.factor)
-        if patch.kind.name == "set":
-            return delta - gather(tensor, leaves)
-        if patch.magnitude is None:
-            return delta
-        weight = gather(tensor, leaves)
-        gain, axis = self.gain(weight, delta)
-        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        return (weight + delta) * gain.reshape(shape) - weight
-
-    def gain(self, weight: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, int]:
-        """What a DoRA multiplies each row or column by, and the axis that these lie along."""
-        magnitude = self.patch.magnitude
-        assert magnitude is not None
-        axis = magnitude_axis(magnitude.shape, weight.shape, by_rows=self.patch.by_rows)
-        return decompose(weight, delta, magnitude, axis), axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What an adapter does to a model.
-
-    **Fields:**
-
-    - `layers`: how many layers of each component it touches.
-    - `kinds`: how many patches there are of each kind.
-    - `layouts`: the layouts that its names are of.
-    - `unused`: tensor -> why it is not applied.
-    """
-
-    name: str
-    format: str
-    layers: Mapping[str, int]
-    kinds: Mapping[str, int]
-    layouts: tuple[str, ...]
-    unused: Mapping[str, str]
-
-    def __str__(self) -> str:
-        touched = ", ".join(f"{count} of {name}" for name, count in self.layers.items())
-        kinds = ", ".join(self.kinds)
-        text = f"{self.name} ({self.format}: {kinds}) changes layers: {touched or 'none'}"
-        return f"{text}; {len(self.unused)} tensors are not applied" if self.unused else text
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Fitted:
-    """Adapters and where each of their patches goes.
-
-    **Fields:**
-
-    - `hits`: by component.
-    - `widened`: by component, the leaves with a longer axis 1 than the model has.
-    - `reports`: one for each adapter.
-    """
-
-    adapters: tuple[Adapter, ...]
-    hits: Mapping[str, tuple[Hit, ...]]
-    widened: Mapping[str, Mapping[str, int]]
-    reports: tuple[Report, ...]
-
-    def record(self) -> list[dict[str, Any]]:
-        """What is worth keeping with a picture: the files, their strengths, what they touched."""
-        return [
-            {
-                "name": adapter.name,
-                "sha256": adapter.sha256,
-                "strength": str(adapter.strength),
-                "layers": dict(report.layers),
-                "unused": len(report.unused),
-            }
-            for adapter, report in zip(self.adapters, self.reports, strict=True)
-        ]
+def opened(adapters: Adapters) -> tuple[Adapter, ...]:
+    """Returns one or several adapters as a tuple, those that are given by name loaded."""
+    several = [adapters] if isinstance(adapters, Adapter | str) else adapters
+    return tuple(load(one) if isinstance(one, str) else one for one in several)
 
 
 def fit(
     model: Any,
-    adapters: Adapter | Sequence[Adapter],
+    adapters: Adapters,
     *,
     partial: bool = False,
     widen: bool = True,
     tables: Sequence[Table] | None = None,
+    families: Sequence[Family] | None = None,
 ) -> Fitted:
     """Finds the modules that adapters are for, by names and shapes alone.
 
     **Arguments:**
 
     - `model`: a pipeline, a dictionary of components by name, or one; skeletons will do.
-    - `partial`: accept tensors that cannot be applied, which the reports list.
-    - `widen`: let an adapter that is made so give a layer more inputs.
-    - `tables`: the layouts of a model of no known family.
+    - `adapters`: one or several, or their names as `load` reads them.
+    - `partial`: accept tensors that cannot be applied; the reports list them.
+    - `widen`: let an adapter that is made for it give a layer more inputs.
+    - `tables`: the key tables of a model of no known family.
+    - `families`: the families whose components and names are known; all by default.
 
     **Raises:** `CheckpointError` where a tensor cannot be applied, or none can; `SettingError`
-    where the strength of an adapter names what it does not touch.
+    where the strength of an adapter names a layer that it does not change.
     """
-    adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
-    parts = find_targets(model, tables)
+    adapters = opened(adapters)
+    find = bind(find_components, tables=tables, families=families)
+    parts = [part.skeleton() for part in find(model)]
     widened: dict[str, dict[str, int]] = {}
     if widen:
         widened = {part.name: _widened(part, adapters) for part in parts}
@@ -160,7 +78,8 @@ def fit(
             raise CheckpointError(_complain(header, report))
         adapter.strength.check(paths, adapter.name)
     hits = {name: tuple(found) for name, found in matcher.hits.items()}
-    return Fitted(adapters, hits, widened, tuple(reports))
+    components = {part.name: part for part in parts}
+    return Fitted(adapters, hits, widened, tuple(reports), components, find)
 
 
 def _complain(header: str, report: Report) -> str:
@@ -173,7 +92,7 @@ def _complain(header: str, report: Report) -> str:
     return "\n  ".join([f"{header}:" if lines else f"{header}.", *lines])
 
 
-def _widened(part: Target, adapters: Sequence[Adapter]) -> dict[str, int]:
+def _widened(part: AdaptedComponent, adapters: Sequence[Adapter]) -> dict[str, int]:
     """The leaves of a component whose axis of inputs an adapter makes longer, and how long."""
     patches = [
         patch
@@ -184,21 +103,26 @@ def _widened(part: Target, adapters: Sequence[Adapter]) -> dict[str, int]:
     if not patches:
         return {}
     wider: dict[str, int] = {}
-    indices = {part.name: Index(part.module, part.tables)}
+    modules = _Modules([part], {part.name: part.module})
     for patch in patches:
-        site, shape = _find(indices, patch.module)[1], patch.shape
-        if site is None or site.weight is None or shape is None or len(shape) != 2:
+        found, shape = modules.find(patch.module)[1], patch.shape
+        if found is None or found.weight is None or shape is None or len(shape) != 2:
             continue
-        own = site.weight.shape
-        simple = len(site.weight.moves) == 1 and site.weight.moves[0].axes is None
+        own = found.weight.shape
+        simple = len(found.weight.moves) == 1 and found.weight.moves[0].axes is None
         if simple and len(own) == 2 and shape[0] == own[0] and shape[1] > own[1]:
-            leaf = site.weight.moves[0].leaf
+            leaf = found.weight.moves[0].leaf
             wider[leaf] = max(wider.get(leaf, 0), shape[1])
     return wider
 
 
 def widen(module: Any, wider: Mapping[str, int]) -> Any:
-    """A component, or its skeleton, with zeros for the inputs that leaves do not have yet."""
+    """Returns a component, or its skeleton, with zeros for inputs that its leaves do not have.
+
+    **Arguments:**
+
+    - `wider`: leaf -> the length that its last axis must have.
+    """
     if not wider:
         return module
     flat, treedef = jax.tree_util.tree_flatten(module)
@@ -216,27 +140,38 @@ def widen(module: Any, wider: Mapping[str, int]) -> Any:
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
-def _find(indices: Mapping[str, Index], module: str) -> tuple[str, Site | None]:
-    """The component and module that a name of a file means."""
-    for prefix in PREFIXES:
-        if not module.startswith(prefix.text):
-            continue
-        for component in (*prefix.components, *(name for name in indices if name == "model")):
-            if component in indices:
-                name = module.removeprefix(prefix.text)
-                site = indices[component].find(name, flat=prefix.flat)
-                if site is not None:
-                    return component, site
-    return "", None
+class _Modules:
+    """The modules of several components, under all their names in files."""
+
+    def __init__(self, parts: Sequence[AdaptedComponent], skeletons: Mapping[str, Any]):
+        self._indices = {p.name: LayerIndex(skeletons[p.name], p.tables) for p in parts}
+        prefixes = [
+            (text, flat, part.name)
+            for part in parts
+            for text, flat in prefixes_of(part.name, part.prefixes)
+        ]
+        self._prefixes = sorted(prefixes, key=lambda row: (-len(row[0]), row[1]))
+
+    def find(self, module: str) -> tuple[str, LayoutModule | None]:
+        """Returns the component and the module that a name of a file means.
+
+        The longest prefix counts under which the model has such a module.
+        """
+        for prefix, flat, component in self._prefixes:
+            if module.startswith(prefix):
+                name = module.removeprefix(prefix)
+                found = self._indices[component].find(name, flat=flat)
+                if found is not None:
+                    return component, found
+        return "", None
 
 
 class _Matcher:
-    """Finds what patches are for, and refuses two patches of one adapter for the same layer."""
+    """Finds the modules of patches, and refuses two patches of one adapter for the same layer."""
 
-    def __init__(self, parts: Sequence[Target], widened: Mapping[str, Mapping[str, int]]):
-        wide = {part.name: widen(part.module, widened.get(part.name, {})) for part in parts}
-        self._modules = wide
-        self._indices = {part.name: Index(wide[part.name], part.tables) for part in parts}
+    def __init__(self, parts: Sequence[AdaptedComponent], widened: Mapping[str, Mapping[str, int]]):
+        self._wide = {part.name: widen(part.module, widened.get(part.name, {})) for part in parts}
+        self._modules = _Modules(parts, self._wide)
         self._parts = {part.name: part for part in parts}
         self.hits: dict[str, list[Hit]] = {part.name: [] for part in parts}
 
@@ -247,10 +182,10 @@ class _Matcher:
         kinds: Counter[str] = Counter()
         layouts: Counter[str] = Counter()
         for patch in adapter.patches:
-            component, site = _find(self._indices, patch.module)
+            component, found = self._modules.find(patch.module)
             hit, why = None, "is for a module that the model does not have"
-            if site is not None:
-                hit, why = _fit_one(slot, patch, site, self._modules[component])
+            if found is not None:
+                hit, why = _fit_one(slot, patch, found, self._wide[component])
             if hit is not None:
                 rows = {
                     (component, move.leaf, move.layer, move.low)
@@ -269,41 +204,37 @@ class _Matcher:
                 continue
             self.hits[component].append(hit)
             kinds[patch.kind_name] += 1
-            layouts[hit.site.layout] += 1
+            layouts[hit.module.layout] += 1
             touched.setdefault(component, set()).update(self._layers(component, hit))
-        layers = {name: len(touched[name]) for name in self._indices if name in touched}
+        layers = {name: len(touched[name]) for name in self._parts if name in touched}
         names = tuple(layout for layout, _ in layouts.most_common())
         report = Report(adapter.name, adapter.format.name, layers, dict(kinds), names, unused)
         return report, [f"{name}.{path}" for name, paths in touched.items() for path in paths]
 
     def _layers(self, component: str, hit: Hit) -> set[str]:
-        depth = self._parts[component].depth
         moves = [*(hit.weight.moves if hit.weight else ()), *(hit.bias.moves if hit.bias else ())]
-        return {layer_path(move, depth(move.leaf)) for move in moves}
-
-
-def layer_path(move: Move, depth: int | None) -> str:
-    """The path of the layer that a move fills a part of: `blocks.7.attn.to_q`."""
-    return path_of(move.leaf, depth, move.layer).rpartition(".")[0]
+        return {self._parts[component].layer_path(move) for move in moves}
 
 
 def _same(one: Patch, two: Patch) -> bool:
+    """Whether two patches make the same change."""
     same = (
         one.kind is two.kind and one.factor == two.factor and set(one.tensors) == set(two.tensors)
     )
-    pairs = [(one.tensors[slot], two.tensors[slot]) for slot in one.tensors] if same else []
+    tensors = (one.read(), two.read()) if same else ({}, {})
+    pairs = [(tensors[0][slot], tensors[1][slot]) for slot in tensors[0]]
     pairs += [(one.bias, two.bias), (one.magnitude, two.magnitude)]
     return same and all(
         a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs
     )
 
 
-def _fit_one(slot: int, patch: Patch, site: Site, module: Any) -> tuple[Hit | None, str]:
-    """A hit, or why there is none."""
+def _fit_one(slot: int, patch: Patch, found: LayoutModule, module: Any) -> tuple[Hit | None, str]:
+    """A hit, or the reason why there is none."""
     weight = bias = None
     if patch.kind is not None:
-        shape, weight = patch.shape, site.weight
-        if weight is None or shape is None:
+        shape, weight = patch.shape, found.weight
+        if weight is None or not weight.shape or shape is None:
             return None, "is for a module without a weight"
         flat = (weight.shape[0], math.prod(weight.shape[1:]))
         if shape != flat and _bare(shape) != _bare(weight.shape):
@@ -314,15 +245,15 @@ def _fit_one(slot: int, patch: Patch, site: Site, module: Any) -> tuple[Hit | No
             except ValueError as error:
                 return None, f"has {error}"
     if patch.bias is not None:
-        bias = site.bias or _absent_bias(site.weight, module)
+        bias = found.bias or _absent_bias(found.weight, module)
         if bias is None:
             return None, "is for a module that cannot have a bias"
         if patch.bias.size != math.prod(bias.shape):
             return None, f"changes a bias of {patch.bias.shape}, which in the model is {bias.shape}"
-    return Hit(slot, patch, site, weight, bias), ""
+    return Hit(slot, patch, found, weight, bias), ""
 
 
-def _absent_bias(weight: Tensor | None, module: Any) -> Tensor | None:
+def _absent_bias(weight: LayoutTensor | None, module: Any) -> LayoutTensor | None:
     """The bias that a layer without one can be given: its rows are those of the weight."""
     if weight is None or any(move.axes is not None for move in weight.moves):
         return None
@@ -341,30 +272,12 @@ def _absent_bias(weight: Tensor | None, module: Any) -> Tensor | None:
         )
         for move in weight.moves
     )
-    return Tensor(name(weight.name), weight.shape[:1], moves)
+    return LayoutTensor(name(weight.name), weight.shape[:1], moves)
 
 
 def _bare(shape: Shape) -> Shape:
-    """Without the axes of length 1 at the end, which a matrix and a 1x1 convolution differ in."""
+    """A shape without the axes of length 1 at its end: a matrix is a convolution of size 1x1."""
     shape = tuple(shape)
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def gather(tensor: Tensor, leaves: Mapping[str, Any]) -> np.ndarray:
-    """A tensor of a layout, in float32, from the leaves of the model."""
-    out = np.empty(tensor.shape, np.float32)
-    for move in tensor.moves:
-        leaf = leaves[move.leaf] if move.layer is None else leaves[move.leaf][move.layer]
-        rows = np.asarray(leaf[move.low : move.high]).astype(np.float32)
-        out[move.start : move.stop] = move.to_theirs(rows)
-    return out
-
-
-def scatter(move: Move, delta: np.ndarray) -> np.ndarray:
-    """The rows of a leaf that a move makes of a change in the layout of the file."""
-    rows = delta[move.start : move.stop].reshape(move.between)
-    if move.axes is not None:
-        rows = rows.transpose(move.axes)
-    return rows if move.scale is None else rows * np.float32(move.scale)

@@ -1,60 +1,30 @@
 """How trainers spell the names of an adapter's tensors: data, and the few lines that read it.
 
-A name is a prefix that says which component is meant, the name of a module in some published
-layout with its dots or with underscores in their place, and an ending that says which tensor of
-the adapter it is. Where underscores stand for dots nothing is guessed: the module is found among
-the names that the model really has.
+A name has three parts. A prefix names the component. Then comes the name of a module in some
+published layout, with its dots or with underscores in their place. An ending names the tensor's
+role in the adapter. Underscores are never turned back into dots by a guess: the module is searched
+among the names that the model really has. The families list the prefixes and the formats that
+belong to them alone; this file holds the spellings that serve every family.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .._errors import CheckpointError
+from ..models import Family, LoraFormat
+from .components import every_family
 
 
-DENOISER = ("unet", "transformer")
-TEXT = ("text_encoder", "text_encoder_2")
-ANY = (*DENOISER, *TEXT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """What a name begins with, the components it may mean, and whether dots are underscores."""
-
-    text: str
-    components: tuple[str, ...]
-    flat: bool = False
-
-
-PREFIXES = (
-    Prefix("lora_unet_", DENOISER, flat=True),
-    Prefix("lora_transformer_", DENOISER, flat=True),
-    Prefix("lora_te1_", ("text_encoder",), flat=True),
-    Prefix("lora_te2_", ("text_encoder_2",), flat=True),
-    Prefix("lora_te_", ("text_encoder",), flat=True),
-    Prefix("lycoris_", DENOISER, flat=True),
-    Prefix("unet.base_model.model.", ("unet",)),
-    Prefix("transformer.base_model.model.", ("transformer",)),
-    Prefix("text_encoder.base_model.model.", ("text_encoder",)),
-    Prefix("text_encoder_2.base_model.model.", ("text_encoder_2",)),
-    Prefix("base_model.model.", ANY),
-    Prefix("model.diffusion_model.", DENOISER),
-    Prefix("diffusion_model.", DENOISER),
-    Prefix("unet.", ("unet",)),
-    Prefix("transformer.", ("transformer",)),
-    Prefix("text_encoder.", ("text_encoder",)),
-    Prefix("text_encoder_2.", ("text_encoder_2",)),
-    Prefix("text_encoders.clip_l.transformer.", ("text_encoder",)),
-    Prefix("text_encoders.clip_g.transformer.", ("text_encoder_2",)),
-    Prefix("text_encoders.t5xxl.transformer.", ("text_encoder_2",)),
-    Prefix("text_encoders.clip_l.", ("text_encoder",)),
-    Prefix("text_encoders.clip_g.", ("text_encoder_2",)),
-    Prefix("text_encoders.t5xxl.", ("text_encoder_2",)),
-    Prefix("", ANY),
-    Prefix("", ANY, flat=True),
+GENERIC = (
+    ("NAME.base_model.model.", False),
+    ("base_model.model.", False),
+    ("NAME.", False),
+    ("", False),
+    ("", True),
 )
-"""In order: the first under which the model has such a module is meant."""
+"""The prefixes that any component may have, `NAME` being its name, and whether the module's name
+that follows has underscores for dots."""
 
 _WEIGHT = r"(?:\.weight)?"
 _NAMED = r"(?:\.(?!weight$|bias$)[\w-]+)?"  # PEFT's name of the adapter
@@ -83,55 +53,14 @@ ENDINGS = tuple(
          rf"{_NAMED}{_WEIGHT}$", ""),
     )
 )  # fmt: skip
-"""What a name ends with, and the slot of that tensor. The last are of kinds that are not read."""
+"""The end of a name, and the slot of that tensor. The last row has kinds that are not supported."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A trainer's way to write names.
-
-    **Fields:**
-
-    - `mark`: some name of such a file matches it, and no format before this one is found.
-    - `rewrite`: regular expressions and what they are replaced by, for names that are not those of
-      a module. A number or range of numbers at the end of a module's name means those parts of a
-      fused one.
-    - `widens`: whether the first layer may take more channels than the model's does.
-    """
-
-    name: str
-    mark: str
-    rewrite: tuple[tuple[str, str], ...] = ()
-    widens: bool = False
-
-
-_XLABS = r"^(?:diffusion_model\.)?((?:double|single)_blocks\.\d+)\.processor\."
 FORMATS = (
-    Format(
-        "xlabs",
-        r"\.processor\.(qkv|proj)_lora\d?\.(down|up)",
-        (
-            (_XLABS + r"(qkv|proj)_lora1\.(down|up)\.weight$", r"\1.img_attn.\2.lora_\3.weight"),
-            (_XLABS + r"(qkv|proj)_lora2\.(down|up)\.weight$", r"\1.txt_attn.\2.lora_\3.weight"),
-            (_XLABS + r"qkv_lora\.(down|up)\.weight$", r"\1.linear1.0-2.lora_\2.weight"),
-            (_XLABS + r"proj_lora\.(down|up)\.weight$", r"\1.linear2.lora_\2.weight"),
-        ),
-    ),
-    Format(
-        "bfl-control",
-        r"^(double|single)_blocks\.\d+\..*norm\.(query|key)_norm\.scale$",
-        ((r"_norm\.scale$", "_norm.scale.set_weight"),),
-        widens=True,
-    ),
-    Format("onetrainer-bfl", r"^transformer\.(double|single)_blocks\.\d+\."),
-    Format("onetrainer", r"^lora_transformer_"),
-    Format("lycoris", r"^lycoris_"),
-    Format("fal", r"^base_model\.model\.(double|single)_blocks\."),
-    Format("bfl", r"^(double|single)_blocks\.\d+\..*\.lora_[AB]\."),
-    Format("ai-toolkit", r"^diffusion_model\..*\.lora_[AB]\b"),
-    Format("comfyui", r"^(diffusion_model|text_encoders)\."),
-    Format("kohya", r"^lora_(unet|te\d?)_"),
-    Format(
+    LoraFormat("lycoris", r"^lycoris_"),
+    LoraFormat("ai-toolkit", r"^diffusion_model\..*\.lora_[AB]\b"),
+    LoraFormat("comfyui", r"^DOTTED"),
+    LoraFormat("kohya", r"^FLAT"),
+    LoraFormat(
         "diffusers-attn",
         r"(_lora\.(up|down)|\.lora_linear_layer\.(up|down))\.weight$",
         (
@@ -140,22 +69,59 @@ FORMATS = (
             (r"\.processor\.(\w+)_lora\.", r".\1.lora."),
         ),
     ),
-    Format("diffusers", r"^(unet|transformer|text_encoder(_\d)?)\."),
-    Format("peft", r"\.lora_[AB]\b"),
-    Format("other", r""),
+    LoraFormat("diffusers", r"^COMPONENT\."),
+    LoraFormat("peft", r"\.lora_[AB]\b"),
+    LoraFormat("other", r""),
 )
-"""In order: the first of which a file has a mark is its format."""
+"""The formats that serve every family, which come after those of the families. A file has the
+first format of which one of its names has the mark. `FLAT` and `DOTTED` stand for the prefixes
+that the families list, and `COMPONENT` for the names of their components."""
 
 
-def find_format(names: Iterable[str]) -> Format:
-    """The format of a file with tensors of these names."""
+def find_format(names: Iterable[str], families: Sequence[Family] | None = None) -> LoraFormat:
+    """Returns the format of a file with tensors of these names."""
     names = list(names)
-    return next(f for f in FORMATS if any(re.search(f.mark, name) for name in names))
+    marked = (f for f in _formats(families) if any(re.search(f.mark, name) for name in names))
+    return next(marked, FORMATS[-1])
 
 
-def split_name(form: Format, name: str) -> tuple[str, str] | None:
-    """A tensor's name as that of its module, with the prefix, and its slot; `None`: not read."""
-    for pattern, replacement in form.rewrite:
+def _formats(families: Sequence[Family] | None) -> list[LoraFormat]:
+    known = every_family(families)
+    prefixes = {text for f in known for texts in f.lora.prefixes.values() for text in texts}
+    alternatives = {
+        "FLAT": _any(text for text in prefixes if text.endswith("_")),
+        "DOTTED": _any(text for text in prefixes if text.endswith(".")),
+        "COMPONENT": _any(name for family in known for name in family.components),
+    }
+    generic = (
+        dataclasses.replace(form, mark=re.sub("[A-Z]{4,}", lambda m: alternatives[m[0]], form.mark))
+        for form in FORMATS
+    )
+    return [*(form for family in known for form in family.lora.formats), *generic]
+
+
+def _any(texts: Iterable[str]) -> str:
+    """A pattern for any of these texts, or for nothing where there are none."""
+    return f"(?:{'|'.join(map(re.escape, sorted(set(texts)))) or '(?!)'})"
+
+
+def prefixes_of(component: str, listed: Iterable[str]) -> tuple[tuple[str, bool], ...]:
+    """Returns all prefixes of a component, and for each whether underscores stand for dots.
+
+    **Arguments:**
+
+    - `listed`: the prefixes that families list for the component.
+    """
+    generic = ((text.replace("NAME", component), flat) for text, flat in GENERIC)
+    return (*((text, text.endswith("_")) for text in listed), *generic)
+
+
+def split_name(form: LoraFormat, name: str) -> tuple[str, str] | None:
+    """Splits a tensor's name into its module's, with the prefix, and its slot.
+
+    Returns `None` for a tensor that is not one of an adapter.
+    """
+    for pattern, replacement in form.rewrites:
         name = re.sub(pattern, replacement, name)
     for pattern, slot in ENDINGS:
         if match := pattern.search(name):
@@ -164,10 +130,9 @@ def split_name(form: Format, name: str) -> tuple[str, str] | None:
     return None
 
 
-def check_names(names: Iterable[str], where: str) -> None:
-    """**Raises:** `CheckpointError` where no name is that of an adapter."""
+def check_names(names: Iterable[str], form: LoraFormat, where: str) -> None:
+    """**Raises:** `CheckpointError` where no name is one of an adapter's tensors."""
     names = list(names)
-    form = find_format(names) if names else FORMATS[-1]
     if not any(split_name(form, name) for name in names):
         few = ", ".join(names[:3]) or "no tensors"
         raise CheckpointError(f"{where} is not a LoRA or one of its relatives: it has {few}.")

@@ -1,39 +1,95 @@
 """The models: a folder a family, and the registry of them all."""
 
-import difflib
+from typing import TYPE_CHECKING
 
-from .._errors import SettingError
-from ._family import (
-    AbstractFamily as AbstractFamily,
-    Component as Component,
-    Control as Control,
-    Guidance as Guidance,
-    Modules as Modules,
-    Preset as Preset,
-    control_names as control_names,
-)
-from ._files import Lookalikes as Lookalikes, PublishedFiles as PublishedFiles
-from ._settings import Settings as Settings, check_range as check_range
-from .flux1 import Flux1
-from .sd import StableDiffusion
-from .sdxl import StableDiffusionXL
+from .._lazy import lazy
 
 
-FAMILIES: tuple[AbstractFamily, ...] = (Flux1(), StableDiffusion(), StableDiffusionXL())
-
-
-def model_names() -> list[str]:
-    """The names of all models."""
-    return [name for family in FAMILIES for name in family.presets]
-
-
-def find_model(name: str) -> tuple[AbstractFamily, Preset]:
-    """A model by name. **Raises:** `SettingError`, with the nearest name."""
-    for family in FAMILIES:
-        if name in family.presets:
-            return family, family.presets[name]
-    near = difflib.get_close_matches(name, model_names(), 1, cutoff=0.3)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise SettingError(
-        f"There is no model called {name!r}.{hint} The models are {', '.join(model_names())}."
+if TYPE_CHECKING:
+    from ._family import (
+        Component as Component,
+        Configs as Configs,
+        Family as Family,
+        Preset as Preset,
+        control_names as control_names,
     )
+    from ._files import Lookalikes as Lookalikes, PublishedFiles as PublishedFiles
+    from ._lora import (
+        LoraBase as LoraBase,
+        LoraFormat as LoraFormat,
+        LoraNames as LoraNames,
+    )
+    from ._model import (
+        PROMPT as PROMPT,
+        AbstractModel as AbstractModel,
+        Control as Control,
+        Inputs as Inputs,
+        Modules as Modules,
+        Recipe as Recipe,
+        Text as Text,
+    )
+    from ._plugins import settings_classes as settings_classes
+    from ._registry import (
+        FAMILIES as FAMILIES,
+        families as families,
+        find_model as find_model,
+        model_names as model_names,
+    )
+    from ._settings import (
+        Declaration as Declaration,
+        GuidedSettings as GuidedSettings,
+        SampledSettings as SampledSettings,
+        Settings as Settings,
+        applied as applied,
+        check_range as check_range,
+        complete as complete,
+        declarations as declarations,
+        setting as setting,
+    )
+
+
+# Imported when first asked for: the command line shows the settings without waiting for JAX.
+_HOMES = {
+    "_family": (
+        "Component",
+        "Configs",
+        "Family",
+        "Preset",
+        "control_names",
+    ),
+    "_files": ("Lookalikes", "PublishedFiles"),
+    "_lora": (
+        "LoraBase",
+        "LoraFormat",
+        "LoraNames",
+    ),
+    "_model": (
+        "PROMPT",
+        "AbstractModel",
+        "Control",
+        "Inputs",
+        "Modules",
+        "Recipe",
+        "Text",
+    ),
+    "_settings": (
+        "Declaration",
+        "GuidedSettings",
+        "SampledSettings",
+        "Settings",
+        "applied",
+        "check_range",
+        "complete",
+        "declarations",
+        "setting",
+    ),
+    "_registry": (
+        "FAMILIES",
+        "families",
+        "find_model",
+        "model_names",
+    ),
+    "_plugins": ("settings_classes",),
+}
+
+__getattr__ = lazy(__name__, _HOMES)

@@ -24,6 +24,10 @@ class Lookalikes:
     layout: Mapping[str, tuple[TableFile, str]]
 
 
+def _recognise_none(kind: TableFile, shapes: Mapping[str, Shape]) -> Lookalikes | None:
+    """Recognises nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PublishedFiles:
     """How the files of a family are recognised and read.
@@ -40,8 +44,8 @@ class PublishedFiles:
         file changes in the scheduler's config.
     """
 
-    lookalikes: tuple[Lookalikes, ...]
-    recognise: Callable[[TableFile, Mapping[str, Shape]], Lookalikes | None]
+    lookalikes: tuple[Lookalikes, ...] = ()
+    recognise: Callable[[TableFile, Mapping[str, Shape]], Lookalikes | None] = _recognise_none
     leftovers: tuple[str, ...] = ()
     marks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 

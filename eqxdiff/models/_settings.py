@@ -1,117 +1,225 @@
+"""Settings of a picture: each is declared once, and options, bounds and documentation follow.
+
+Nothing here needs JAX, so that the command line shows its options at once.
+"""
+
 import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .._config import coerce, spell_type
 from .._errors import SettingError
-from ..sampling import find_sampler
-from ..sampling.spacing import Spacing
 
 
-SPACINGS = ("karras", "exponential", "beta", "ays")
+S = TypeVar("S", bound="Settings")
+
+Panel = Literal["Picture", "Guidance", "Sampling", "Memory"]
+"""Where the help of the command line shows a setting."""
+
+SPREADS = ("karras", "exponential", "beta", "ays")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a picture is made with. `None` is off, or as the model or another setting says.
+class Declaration:
+    """All that is said of a setting besides its name, type and default.
 
     **Fields:**
 
-    - `steps`: denoising steps.
-    - `height`, `width`: of the image, in pixels.
-    - `max_sequence_length`: tokens of the prompt that the model sees.
-    - `prompt_2`: the prompt for the second text encoder.
-    - `negative_prompt`, `negative_prompt_2`: what classifier-free guidance leads away from.
-    - `guidance`: the scale of the model's own guidance, embedded or classifier-free.
-    - `cfg`: the scale of classifier-free guidance for a model that also embeds guidance.
-    - `guidance_rescale`: how far guidance goes back to the contrast of the unguided prediction,
-        from 0 to 1.
-    - `sequential_guidance`: whether classifier-free guidance calls the network twice on one example
-        each instead of once on two, to save memory.
-    - `clip_skip`: how many of CLIP's last layers are left out, besides those that the model always
-        leaves out.
-    - `sampler`: the name of a solver.
-    - `schedule`: how the noise levels are spread: `"karras"`, `"exponential"`, `"beta"` or `"ays"`.
-    - `sigmas`: the noise levels themselves, falling, as sigma / alpha.
-    - `timestep_spacing`: `"leading"`, `"trailing"` or `"linspace"`, in place of the checkpoint's.
-    - `eta`: DDIM's share of new noise.
-    - `prediction_type`: what the network predicts, in place of what the checkpoint says:
-        `"epsilon"`, `"v_prediction"` or `"sample"`.
-    - `shift`: the static shift of a flow schedule, in place of the checkpoint's.
-    - `original_size`, `target_size`: height and width that the model is told the picture once had,
-        and has; `crop`: the top and left of what was cut off. By default the picture's size, uncut.
-    - `negative_original_size`, `negative_crop`, `negative_target_size`: the same for what guidance
-        leads away from.
-    - `vae_tiling`: whether to decode large pictures tile by tile, to save memory.
+    - `help`: what it does, in one sentence.
+    - `panel`: where the command line shows it.
+    - `low`, `high`: the bounds, both included.
+    - `choices`: the values that it may have.
+    - `flags`: further names on the command line.
+    - `absent`: what holds where nothing is given, in words.
+    - `form`: how it is written on the command line: `"WIDTHxHEIGHT"`, `"TOP,LEFT"` or `"NUMBERS"`.
+    - `guided`: whether it counts with classifier-free guidance alone.
+    - `a1111`: what a picture's `parameters` text says of a value, by the keys that A1111 reads.
     """
 
-    steps: int
-    height: int
-    width: int
-    max_sequence_length: int = 77
-    prompt_2: str | None = None
-    negative_prompt: str | None = None
-    negative_prompt_2: str | None = None
-    guidance: float | None = None
-    cfg: float | None = None
-    guidance_rescale: float | None = None
-    sequential_guidance: bool | None = None
-    clip_skip: int | None = None
-    sampler: str | None = None
-    schedule: str | None = None
-    sigmas: tuple[float, ...] | None = None
-    timestep_spacing: str | None = None
-    eta: float | None = None
-    prediction_type: str | None = None
-    shift: float | None = None
-    original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    target_size: tuple[int, int] | None = None
-    negative_original_size: tuple[int, int] | None = None
-    negative_crop: tuple[int, int] | None = None
-    negative_target_size: tuple[int, int] | None = None
-    vae_tiling: bool | None = None
+    help: str
+    panel: Panel
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
+    absent: str | None = None
+    form: str | None = None
+    guided: bool = False
+    a1111: Callable[[Any], Mapping[str, Any]] | None = None
 
 
-def option(name: str) -> str:
-    """A setting as the command line spells it."""
-    return f"--{name.replace('_', '-')}"
+def setting(help: str, panel: Panel, *, default: Any = None, **more: Any) -> Any:
+    """A field of a settings class. `more` are fields of `Declaration`."""
+    declared = {"declaration": Declaration(help, panel, **more)}
+    return dataclasses.field(default=default, metadata=declared)
 
 
-def complete(
-    given: Mapping[str, Any], defaults: Settings, honoured: Collection[str], model: str
-) -> Settings:
-    """The settings that a user gave, and the defaults for those that are absent or `None`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that every model has. `None` is off, or leaves the choice to the model.
 
-    **Raises:** `SettingError` for a setting that does not exist, that the model would ignore
-    because it is not among `honoured`, or that is not of its type or not finite.
+    A family's own class adds fields by `setting`. Classes are frozen, so that a setting is changed
+    by `dataclasses.replace`.
+
+    - `components`: the folders of the family's components, for each of which the command line has
+        an option.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-    hints = typing.get_type_hints(Settings)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    for name, value in list(given.items()):
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise SettingError(f"There is no setting called {name}.{hint}")
-        if name not in honoured:
-            known = ", ".join(sorted(honoured))
-            raise SettingError(f"{model} would ignore {option(name)}. It takes {known}.")
-        try:
-            given[name] = value = coerce(value, hints[name])
-        except (TypeError, ValueError):
-            kind = spell_type(hints[name])
-            raise SettingError(f"{option(name)} {value!r} is not of type {kind}.") from None
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise SettingError(f"{option(name)} {number} is not a finite number.")
-    if "sigmas" in given and "steps" not in given:
-        given["steps"] = len(given["sigmas"]) - (given["sigmas"][-1:] == (0.0,))
-    return dataclasses.replace(defaults, **given)
+
+    components: ClassVar[tuple[str, ...]] = ()
+
+    steps: int = setting(
+        "Denoising steps.", "Sampling", default=1, low=1, high=1000, flags=("num_inference_steps",)
+    )
+    height: int = setting("Height of the picture, in pixels.", "Picture", default=1024, low=1)
+    width: int = setting("Width of the picture, in pixels.", "Picture", default=1024, low=1)
+    strength: float | None = setting(
+        "How much of the input picture is made anew, from 0 to 1: 1 ignores it.",
+        "Picture",
+        low=0,
+        high=1,
+        absent="0.6; 1 with a mask",
+        a1111=lambda value: {"Denoising strength": value},
+    )
+    vae_tiling: bool = setting(
+        "Encode and decode large pictures tile by tile, to save memory.", "Memory", default=False
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidedSettings(Settings):
+    """The settings of models that classifier-free guidance can guide."""
+
+    negative_prompt: str | None = setting(
+        "What classifier-free guidance leads away from.",
+        "Guidance",
+        flags=("n",),
+        absent="nothing",
+        guided=True,
+    )
+    guidance_rescale: float | None = setting(
+        "How far guidance returns to the contrast of the unguided prediction, from 0 to 1.",
+        "Guidance",
+        low=0,
+        high=1,
+        absent="0",
+        guided=True,
+        a1111=lambda value: {"CFG Rescale phi": value},
+    )
+    guidance_start: float | None = setting(
+        "The part of all steps after which guidance begins to act.",
+        "Guidance",
+        low=0,
+        high=1,
+        absent="0",
+        guided=True,
+    )
+    guidance_end: float | None = setting(
+        "The part of all steps after which guidance no longer acts.",
+        "Guidance",
+        low=0,
+        high=1,
+        absent="1",
+        guided=True,
+    )
+    sequential_guidance: bool = setting(
+        "Guide by two calls of the network on one example each, to save memory.",
+        "Memory",
+        default=False,
+        guided=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledSettings(Settings):
+    """The settings of models whose sampler and noise levels can be chosen."""
+
+    sampler: str | None = setting(
+        "The solver; `eqxdiff samplers` lists them.", "Sampling", absent="the checkpoint's"
+    )
+    schedule: str | None = setting(
+        "How the noise levels are spread between the largest and the smallest.",
+        "Sampling",
+        choices=SPREADS,
+        absent="the checkpoint's",
+    )
+    sigmas: tuple[float, ...] | None = setting(
+        "The noise levels themselves, falling, as in 14.6,3.9,0.9.",
+        "Sampling",
+        form="NUMBERS",
+        absent="the schedule's",
+    )
+
+
+def declarations(cls: type[Settings]) -> dict[str, Declaration]:
+    """What is declared of each setting of a class, by name."""
+    return {field.name: field.metadata["declaration"] for field in dataclasses.fields(cls)}
+
+
+def complete(cls: type[S], given: Mapping[str, Any], defaults: S, model: str) -> S:
+    """Completes the settings that a user gave by the defaults for those absent or `None`.
+
+    Numbers of NumPy and JAX count as those of Python.
+
+    **Raises:** `SettingError` for a setting that the model does not have, that is not of its type,
+    not finite, out of bounds or not among its choices.
+    """
+    hints, declared = typing.get_type_hints(cls), declarations(cls)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, 1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise SettingError(
+                f"{model} would ignore `{name}`, which is none of its settings.{hint} "
+                f"It takes {', '.join(sorted(declared))}."
+            )
+        values[name] = _checked(name, value, hints[name], declared[name])
+    if "sigmas" in values and "steps" not in values:
+        values["steps"] = len(values["sigmas"]) - (values["sigmas"][-1:] == (0.0,))
+    return dataclasses.replace(defaults, **values)
+
+
+def _checked(name: str, value: Any, hint: Any, declared: Declaration) -> Any:
+    if getattr(value, "shape", None) is not None:
+        value = value.tolist()  # of NumPy or JAX
+    if isinstance(value, list):
+        value = tuple(value)
+    try:
+        value = coerce(value, hint)
+    except (TypeError, ValueError):
+        kind = spell_type(hint).removesuffix(" | None")
+        raise SettingError(f"`{name}` {value!r} is not of type {kind}.") from None
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise SettingError(f"`{name}` {number} is not a finite number.")
+    if isinstance(value, int | float):
+        check_range(name, value, declared.low, declared.high)
+    if declared.choices is not None:
+        check_choice(name, str(value), declared.choices)
+    return value
+
+
+def check_guided(given: Mapping[str, Any], cls: type[Settings], model: str, scale: str) -> None:
+    """Refuses the settings that count with classifier-free guidance alone, which is off.
+
+    **Arguments:**
+
+    - `scale`: the name of the setting that turns guidance on.
+
+    **Raises:** `SettingError`.
+    """
+    for name, declared in declarations(cls).items():
+        value = given.get(name)
+        if declared.guided and value is not None and value is not False:
+            raise SettingError(
+                f"{model} would ignore `{name}` without classifier-free guidance: "
+                f"give `{scale}` above 1."
+            )
 
 
 def check_size(settings: Settings, multiple: int) -> None:
@@ -130,30 +238,38 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
     """**Raises:** `SettingError` where a setting lies outside `low` to `high`."""
     if not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise SettingError(f"{option(name)} {value} is out of range: it is {bounds}.")
+        raise SettingError(f"`{name}` {value} is out of range: it is {bounds}.")
 
 
-def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
-    """**Raises:** `SettingError` where a setting is given and not among `choices`."""
-    if value is not None and value not in choices:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """**Raises:** `SettingError` where a setting is not among `choices`."""
+    if value not in choices:
         near = difflib.get_close_matches(value, choices, 1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise SettingError(f"{option(name)} {value!r} is not one of {', '.join(choices)}.{hint}")
+        raise SettingError(f"`{name}` {value!r} is not one of {', '.join(choices)}.{hint}")
 
 
-def spacing(settings: Settings) -> Spacing | Literal["ays"] | None:
-    """How to spread the noise levels: what `schedule` or the end of the sampler's name says.
+def image_step(settings: Settings, *, floor: bool = True) -> int:
+    """The step that a picture made from another begins with: 0 where all is made anew.
 
-    **Raises:** `SettingError` where there is no such sampler or spread, or the two disagree.
+    **Arguments:**
+
+    - `floor`: whether the number of steps that are left is rounded down, as diffusers does for
+        Stable Diffusion, rather than the number of those left out, as it does for FLUX.1.
+
+    **Raises:** `SettingError` where no step is left.
     """
-    named = None if settings.sampler is None else find_sampler(settings.sampler).kind
-    check_choice("schedule", settings.schedule, SPACINGS)
-    if settings.schedule is None:
-        return named
-    if named not in (None, settings.schedule):
+    strength = 1.0 if settings.strength is None else settings.strength
+    steps = settings.steps
+    first = steps - int(steps * strength) if floor else int(steps - steps * strength)
+    if first >= steps:
         raise SettingError(
-            f"The sampler {settings.sampler!r} says {named} and --schedule {settings.schedule}."
+            f"`strength` {strength:g} leaves none of {steps} steps: raise it, or `steps`."
         )
-    if settings.sigmas is not None:
-        raise SettingError("--sigmas are the noise levels themselves: give no --schedule.")
-    return typing.cast("Spacing", settings.schedule)
+    return first
+
+
+def applied(settings: Settings) -> dict[str, Any]:
+    """The settings that are in force, by name."""
+    fields = dataclasses.asdict(settings).items()
+    return {name: value for name, value in fields if value is not None and value is not False}

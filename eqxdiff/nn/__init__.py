@@ -1,15 +1,21 @@
 """Layers in PyTorch's array layouts that act on the trailing axis of one example."""
 
 from .adapted import Adapted as Adapted
-from .conv import Conv2d as Conv2d
+from .conv import AbstractConv2d as AbstractConv2d, Conv2d as Conv2d
 from .embedding import (
     Embedding as Embedding,
     EmbeddingMLP as EmbeddingMLP,
     silu as silu,
     sinusoid as sinusoid,
 )
-from .fold import fold as fold, stack as stack
-from .linear import Linear as Linear
+from .fold import (
+    Keep as Keep,
+    everything as everything,
+    fold as fold,
+    nothing as nothing,
+    stack as stack,
+)
+from .linear import AbstractLinear as AbstractLinear, Linear as Linear
 from .mlp import (
     MLP as MLP,
     gelu_erf as gelu_erf,

@@ -1,4 +1,4 @@
-"""A layer with adapters beside its weight, at run time."""
+"""Layers with adapters beside their weights, at run time."""
 
 from typing import Any
 
@@ -7,28 +7,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._dtypes import at_least_float32
-from .conv import Conv2d
-from .linear import Linear
+from .conv import AbstractConv2d, Conv2d
+from .linear import AbstractLinear, Linear
 
 
-class Adapted(eqx.Module):
+class Adapted(AbstractLinear, AbstractConv2d):
     """A layer that computes with `weight + sum of scale * delta` over its adapters.
 
-    It stands where its layer stood, and all of it is arrays: to change an adapter or its scale
-    compiles nothing. The delta of an adapter is the sum of what it has of these: `up @ down` of low
-    rank (https://arxiv.org/abs/2106.09685), multiples of the weight's own rows and columns (what
-    https://arxiv.org/abs/2402.09353 adds), and any change of weight and bias. Where there are none,
-    or fewer ranks than room for them, there are zeros. In a stack of blocks every array has the
-    leading axis of the stack.
+    It stands in the place of its layer, and all its fields are arrays, so another adapter or
+    another scale compiles nothing. The delta of an adapter is the sum of those of these terms that
+    it has: `up @ down` of low rank (https://arxiv.org/abs/2106.09685), multiples of the weight's
+    own rows and columns (https://arxiv.org/abs/2402.09353), and any change of weight and bias.
+    Terms that an adapter lacks, and ranks that it does not use, are zeros. In a stack of blocks
+    every array has the leading axis of the stack.
 
     **Fields:**
 
-    - `inner`: a `Linear` or `Conv2d`; with changes alone any layer that has a `weight`.
+    - `inner`: a `Linear` or `Conv2d`. Where there are changes alone, any layer with a `weight`.
     - `scale`: one number for each adapter.
-    - `down`: `(slots, rank, inputs)`, for a convolution `in` and the kernel in one axis.
+    - `down`: `(slots, rank, inputs)`; for a convolution one axis holds `in` and the kernel.
     - `up`: `(out, slots, rank)`.
     - `rows`, `columns`: `(slots, out)` and `(slots, in)`: how much of the weight itself to add.
-    - `change`, `bias_change`: `(slots, *shape)` of the weight and of the bias.
+    - `change`, `bias_change`: `(slots, *shape)`, with the shape of the weight and of the bias.
     """
 
     inner: eqx.Module
@@ -42,7 +42,7 @@ class Adapted(eqx.Module):
 
     @property
     def weight(self) -> Float[Array, "..."]:
-        """The weight that it computes with, in full and at least float32."""
+        """The whole weight that the layer computes with, in at least float32."""
         layer = self._changed()
         weight = layer.weight.astype(at_least_float32(layer.weight.dtype))
         inner: Any = self.inner
@@ -59,14 +59,14 @@ class Adapted(eqx.Module):
 
     @property
     def bias(self) -> Float[Array, " out"] | None:
-        """The bias that it computes with."""
+        """The bias that the layer computes with."""
         return self._changed().bias
 
     def __call__(self, x: Array) -> Array:
         layer = self._changed()
         if self.rows is None and self.columns is None and self.down is None:
             return layer(x)
-        if self.change is not None:  # the weight is made anew anyway
+        if self.change is not None:  # the changes make a new weight anyway
             return eqx.tree_at(lambda x: x.weight, layer, self.weight)(x)
         wide = at_least_float32(x.dtype)
         unbiased = _with_bias(layer, None)
@@ -95,11 +95,11 @@ class Adapted(eqx.Module):
         return Linear(up.reshape(up.shape[0], -1), None)(h)
 
     def _sum(self, parts: Array) -> Array:
-        """Over the adapters, each with its scale."""
+        """Sums over the adapters, each times its scale."""
         return jnp.tensordot(self.scale.astype(parts.dtype), parts, 1)
 
     def _changed(self) -> Any:
-        """The layer with its changes of weight and bias."""
+        """Returns the inner layer with the changes added to its weight and bias."""
         layer: Any = self.inner
         if self.change is not None:
             weight = layer.weight.astype(at_least_float32(layer.weight.dtype))
@@ -123,5 +123,5 @@ def _is_none(x: object) -> bool:
 
 
 def _along(vector: Array, axis: int, ndim: int) -> Array:
-    """A vector with axes of length 1 so that it lies along `axis`."""
+    """Gives a vector axes of length 1 so that it lies along `axis`."""
     return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])

@@ -1,3 +1,4 @@
+import abc
 import math
 from functools import partial
 from typing import Any, Self
@@ -14,11 +15,19 @@ from .._types import PRNGKey
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-class Conv2d(eqx.Module):
+class AbstractConv2d(eqx.Module):
+    """A convolution of one channels-last image, whatever it is stored as; see `AbstractLinear`."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        """Convolves `x`; the result has the dtype of `x`."""
+
+
+class Conv2d(AbstractConv2d):
     """A two-dimensional convolution of one channels-last image; the weight is PyTorch's OIHW.
 
-    Precision follows the input, as in `Linear`. A 1x1 convolution of stride 1 is computed as a
-    matrix product, which is faster on every backend.
+    The input decides the precision, as in `Linear`. The layer computes a 1x1 convolution of
+    stride 1 as a matrix product, which is faster on every backend.
     """
 
     weight: Float[Array, "out in kh kw"]
@@ -39,9 +48,9 @@ class Conv2d(eqx.Module):
         key: PRNGKey,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Uniform in `±1/sqrt(in_channels * kernel_size**2)`, as `torch.nn.Conv2d`.
+        """Draws uniformly from `±1/sqrt(in_channels * kernel_size**2)`, as `torch.nn.Conv2d` does.
 
-        `padding` is symmetric when an integer, else `((top, bottom), (left, right))`.
+        `padding` is one number for all four sides, or `((top, bottom), (left, right))`.
         """
         bound = 1 / math.sqrt(in_channels * kernel_size**2)
         weight_key, bias_key = jax.random.split(key)
@@ -76,8 +85,8 @@ def _convolve(
     padding: Padding,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "h2 w2 out"]:
-    # XLA's fast convolution for CPUs wants this order of axes, and finds it itself outside of loops
-    # only: within `lax.scan`, OIHW is fifteen times slower.
+    # XLA's fast convolution for CPUs wants HWIO. Outside of loops XLA reorders the axes itself, but
+    # within `lax.scan` it does not, and OIHW is fifteen times slower.
     return jax.lax.conv_general_dilated(
         x[None],
         weight.transpose(2, 3, 1, 0),
@@ -90,10 +99,11 @@ def _convolve(
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve_wide(x: Array, weight: Array, stride: int, padding: Padding) -> Array:
-    """The sums in float32, of a narrower `x` and `weight`, so that the result is rounded once.
+    """Convolves a narrow `x` and `weight` with sums in float32, so that the caller rounds once.
 
-    Not on GPUs, where XLA would do all of it in float32. JAX cannot transpose a convolution whose
-    result has another dtype than its arguments, hence the derivative below.
+    On GPUs the sums are rounded here, because XLA would convert `x` and `weight` to float32 too.
+    JAX cannot transpose a convolution whose result has another dtype than its arguments; hence the
+    derivative below.
     """
     rounded = lambda x, weight: _convolve(x, weight, stride, padding).astype(jnp.float32)
     exact = lambda x, weight: _convolve(x, weight, stride, padding, jnp.float32)

@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey, Scalar
-from .linear import Linear
+from .linear import AbstractLinear, Linear
 
 
 class Embedding(eqx.Module):
@@ -19,7 +19,7 @@ class Embedding(eqx.Module):
 
     @classmethod
     def init(cls, entries: int, dim: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
-        """Normal with unit variance, as `torch.nn.Embedding`."""
+        """Draws from a normal of unit variance, as `torch.nn.Embedding` does."""
         return cls(jax.random.normal(key, (entries, dim), dtype))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch dim"]:
@@ -29,9 +29,9 @@ class Embedding(eqx.Module):
 def sinusoid(
     t: Scalar, dim: int, *, flip_sin_to_cos: bool, freq_shift: float, max_period: float = 10000.0
 ) -> Float[Array, " dim"]:
-    """The sinusoidal embedding of a timestep, in at least float32.
+    """Embeds a timestep as sines and cosines, in at least float32.
 
-    Sines first, or cosines first with `flip_sin_to_cos`; the frequencies are
+    The sines come first, or the cosines with `flip_sin_to_cos`; the frequencies are
     `max_period ** -(i / (dim / 2 - freq_shift))`.
 
     **Arguments:**
@@ -43,8 +43,8 @@ def sinusoid(
     """
     half = dim // 2
     dtype = at_least_float32(t.dtype)
-    # The exponents are rounded as in the reference: the angles reach thousands of radians, where
-    # the last bit of a frequency shows.
+    # The exponents are rounded as in the reference: the angles reach thousands of radians, so the
+    # last bit of a frequency shows in the result.
     exponent = np.arange(half, dtype=dtype) * dtype.type(-math.log(max_period))
     frequency = np.exp((exponent / dtype.type(half - freq_shift)).astype(np.float64))
     angle = t.astype(dtype) * jnp.asarray(frequency, dtype)
@@ -53,10 +53,10 @@ def sinusoid(
 
 
 class EmbeddingMLP(eqx.Module):
-    """Linear, SiLU, linear: what embeds timesteps, guidance and pooled text in every family."""
+    """Linear, SiLU, linear: the embedder of timesteps, guidance and pooled text in every family."""
 
-    linear_1: Linear
-    linear_2: Linear
+    linear_1: AbstractLinear
+    linear_2: AbstractLinear
 
     @classmethod
     def init(
@@ -73,5 +73,5 @@ class EmbeddingMLP(eqx.Module):
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x * sigmoid(x)`, in at least float32 and rounded once."""
+    """Computes `x * sigmoid(x)` in at least float32 and rounds once."""
     return jax.nn.silu(x.astype(at_least_float32(x.dtype))).astype(x.dtype)

@@ -1,3 +1,4 @@
+import abc
 import math
 from typing import Self
 
@@ -10,12 +11,24 @@ from .._dtypes import at_least_float32
 from .._types import PRNGKey
 
 
-class Linear(eqx.Module):
+class AbstractLinear(eqx.Module):
+    """An affine map of the trailing axis, whatever it is stored as.
+
+    Networks annotate their projections with this class and only ever call them, so that a layer
+    with adapters or with quantised weights can stand in the place of a `Linear`.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Maps the trailing axis of `x`; the result has the dtype of `x`."""
+
+
+class Linear(AbstractLinear):
     """An affine map of the trailing axis, in PyTorch's layout.
 
-    The weight is cast to the dtype of the input, the products are accumulated and the bias added
-    in at least float32, and the result has the dtype of the input: the input decides the precision
-    of the computation, the weight only that of the storage.
+    The layer casts its weight to the dtype of the input, accumulates the products and adds the bias
+    in at least float32, and rounds once to the dtype of the input. So the input decides the
+    precision of the computation, and the weight only the precision of the storage.
     """
 
     weight: Float[Array, "out in"]
@@ -31,7 +44,7 @@ class Linear(eqx.Module):
         key: PRNGKey,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """Uniform in `±1/sqrt(in_features)`, as `torch.nn.Linear`."""
+        """Draws uniformly from `±1/sqrt(in_features)`, as `torch.nn.Linear` does."""
         bound = 1 / math.sqrt(in_features)
         weight_key, bias_key = jax.random.split(key)
         shape = (out_features, in_features)

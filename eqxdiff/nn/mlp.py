@@ -8,21 +8,21 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
-from .linear import Linear
+from .linear import AbstractLinear, Linear
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The tanh approximation of GELU, in at least float32 and rounded once."""
+    """Computes GELU by its tanh approximation in at least float32 and rounds once."""
     return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)
 
 
 def gelu_erf(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU by the error function, in at least float32 and rounded once."""
+    """Computes GELU by the error function in at least float32 and rounds once."""
     return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=False).astype(x.dtype)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x * sigmoid(1.702 x)`, OpenAI CLIP's GELU, in at least float32 and rounded once."""
+    """Computes `x * sigmoid(1.702 x)`, OpenAI CLIP's GELU, in at least float32 and rounds once."""
     wide = x.astype(at_least_float32(x.dtype))
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
@@ -30,8 +30,8 @@ def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 class MLP(eqx.Module):
     """Linear, activation, linear."""
 
-    proj_in: Linear
-    proj_out: Linear
+    proj_in: AbstractLinear
+    proj_out: AbstractLinear
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
     @classmethod

@@ -17,9 +17,9 @@ def layer_norm(
     *,
     eps: float,
 ) -> Float[Array, "*batch dim"]:
-    """Layer normalisation of the trailing axis (https://arxiv.org/abs/1607.06450).
+    """Normalises the trailing axis to mean 0 and variance 1 (https://arxiv.org/abs/1607.06450).
 
-    Adaptive layer norm is the same with `weight = 1 + scale` and `bias = shift`.
+    Adaptive layer norm passes `1 + scale` as `weight` and `shift` as `bias`.
     """
     wide = x.astype(at_least_float32(x.dtype))
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -65,7 +65,7 @@ class RMSNorm(eqx.Module):
 class GroupNorm(eqx.Module):
     """Group normalisation of a channels-last image (https://arxiv.org/abs/1803.08494).
 
-    The variance is that of the centred values (two passes), as in PyTorch.
+    The layer computes the variance from the centred values, in two passes, as PyTorch does.
     """
 
     weight: Float[Array, " channels"]
@@ -85,7 +85,18 @@ class GroupNorm(eqx.Module):
     def __call__(self, x: Float[Array, "*space channels"]) -> Float[Array, "*space channels"]:
         wide = x.astype(at_least_float32(x.dtype))
         wide = wide.reshape(-1, self.groups, x.shape[-1] // self.groups)
-        wide = wide - jnp.mean(wide, axis=(0, 2), keepdims=True)
-        variance = jnp.mean(jnp.square(wide), axis=(0, 2), keepdims=True)
-        y = (wide * lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        mean = jnp.mean(wide, axis=(0, 2))
+        variance = jnp.mean(jnp.square(wide - mean[:, None]), axis=(0, 2))
+        return self.normalize(x, mean, variance)
+
+    def normalize(
+        self,
+        x: Float[Array, "*space channels"],
+        mean: Float[Array, " groups"],
+        variance: Float[Array, " groups"],
+    ) -> Float[Array, "*space channels"]:
+        """Normalises `x` by statistics that may come from elsewhere, in their dtype."""
+        wide = x.astype(mean.dtype).reshape(-1, self.groups, x.shape[-1] // self.groups)
+        wide = wide - mean[:, None]
+        y = (wide * lax.rsqrt(variance + self.eps)[:, None]).reshape(x.shape)
         return (y * self.weight.astype(y.dtype) + self.bias.astype(y.dtype)).astype(x.dtype)

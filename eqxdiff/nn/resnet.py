@@ -6,25 +6,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from .._types import PRNGKey
-from .conv import Conv2d
+from .conv import AbstractConv2d, Conv2d
 from .embedding import silu
-from .linear import Linear
+from .linear import AbstractLinear, Linear
 from .norm import GroupNorm
 
 
 class ResnetBlock2D(eqx.Module):
-    """Two 3x3 convolutions and a skip, of one channels-last image; an embedded timestep may shift
-    what lies between them.
+    """Two 3x3 convolutions and a skip, of one channels-last image.
+
+    An embedded timestep may shift the image between the convolutions.
 
     Source: https://arxiv.org/abs/2006.11239, appendix B, and `ResnetBlock2D` of diffusers.
     """
 
     norm1: GroupNorm
-    conv1: Conv2d
-    time_emb_proj: Linear | None
+    conv1: AbstractConv2d
+    time_emb_proj: AbstractLinear | None
     norm2: GroupNorm
-    conv2: Conv2d
-    conv_shortcut: Conv2d | None
+    conv2: AbstractConv2d
+    conv_shortcut: AbstractConv2d | None
 
     @classmethod
     def init(
@@ -38,9 +39,9 @@ class ResnetBlock2D(eqx.Module):
         key: PRNGKey,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """A random block; with a 1x1 convolution on the skip where the channels change.
+        """Makes a random block, with a 1x1 convolution on the skip where the channels change.
 
-        `temb_channels` is the length of the embedded timestep, `None` where there is none.
+        `temb_channels` is the length of the embedded timestep, or `None` for a block without one.
         """
         keys = jax.random.split(key, 4)
         shortcut = time_emb_proj = None
@@ -60,10 +61,10 @@ class ResnetBlock2D(eqx.Module):
     def __call__(
         self, x: Float[Array, "h w in"], temb: Float[Array, " temb"] | None = None
     ) -> Float[Array, "h w out"]:
-        """**Raises:** `ValueError` where only one of the block and the caller has a timestep."""
+        """**Raises:** `ValueError` where `temb` is given without need, or missing."""
         y = self.conv1(silu(self.norm1(x)))
         if (temb is None) != (self.time_emb_proj is None):
-            raise ValueError("A block takes an embedded timestep exactly where it projects one.")
+            raise ValueError("A block takes `temb` if and only if it has a `time_emb_proj`.")
         if temb is not None and self.time_emb_proj is not None:
             y = y + self.time_emb_proj(silu(temb))
         y = self.conv2(silu(self.norm2(y)))
@@ -73,7 +74,7 @@ class ResnetBlock2D(eqx.Module):
 class Downsample2D(eqx.Module):
     """Halves height and width by a 3x3 convolution of stride 2."""
 
-    conv: Conv2d
+    conv: AbstractConv2d
 
     @classmethod
     def init(
@@ -84,8 +85,10 @@ class Downsample2D(eqx.Module):
         key: PRNGKey,
         dtype: DTypeLike = jnp.float32,
     ) -> Self:
-        """`padding` as in `Conv2d.init`: 1 in the UNets, one row and column after the image in
-        the autoencoders."""
+        """Makes a random downsampler; `padding` is that of `Conv2d.init`.
+
+        The UNets pad by 1, the autoencoders by one row and one column after the image.
+        """
         return cls(
             Conv2d.init(channels, channels, 3, stride=2, padding=padding, key=key, dtype=dtype)
         )
@@ -97,7 +100,7 @@ class Downsample2D(eqx.Module):
 class Upsample2D(eqx.Module):
     """Doubles height and width by repeating pixels, then a 3x3 convolution."""
 
-    conv: Conv2d
+    conv: AbstractConv2d
 
     @classmethod
     def init(cls, channels: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
@@ -106,8 +109,10 @@ class Upsample2D(eqx.Module):
     def __call__(
         self, x: Float[Array, "h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "h2 w2 c"]:
-        """To `size`, height and width, where one of twice that of `x` is not wanted: a side that
-        an odd one was halved to is doubled but for the last row or column."""
+        """Doubles `x`, and cuts the result to `size`, a height and width, where it is given.
+
+        A side that was odd before it was halved loses the last row or column.
+        """
         h, w, c = x.shape
         x = jnp.broadcast_to(x[:, None, :, None, :], (h, 2, w, 2, c)).reshape(2 * h, 2 * w, c)
         if size is not None:

@@ -11,7 +11,7 @@ from .._dtypes import at_least_float32
 def rope(
     positions: Float[Array, "tokens axes"], dims: Sequence[int], *, theta: float
 ) -> Float[Array, "tokens 2 half"]:
-    """The cosines and sines of a rotary embedding over several axes, in at least float32.
+    """Returns the cosines and sines of a rotary embedding, in at least float32.
 
     Each axis `a` of the positions turns `dims[a] / 2` pairs of features, at the frequencies
     `theta ** -(2 i / dims[a])`; the axes are concatenated, so `half = sum(dims) / 2`.
@@ -31,7 +31,7 @@ def rope(
 def apply_rope(
     x: Float[Array, "tokens heads dim"], pe: Float[Array, "tokens 2 half"]
 ) -> Float[Array, "tokens heads dim"]:
-    """Turns neighbouring pairs of features, in at least float32, and returns the dtype of `x`."""
+    """Turns neighbouring pairs of features in at least float32; the result has the dtype of `x`."""
     wide = at_least_float32(x.dtype)
     cos, sin = pe[:, 0, None, :].astype(wide), pe[:, 1, None, :].astype(wide)
     pairs = x.astype(wide).reshape(*x.shape[:-1], -1, 2)

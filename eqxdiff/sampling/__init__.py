@@ -1,5 +1,10 @@
 """Schedules are data, a model is a callable, a solver takes one step; no model is known here."""
 
+from .denoiser import (
+    AbstractDenoiser as AbstractDenoiser,
+    Denoiser as Denoiser,
+    GuidedDenoiser as GuidedDenoiser,
+)
 from .discrete import (
     DiscreteSchedulerConfig as DiscreteSchedulerConfig,
     Grid as Grid,
@@ -16,12 +21,19 @@ from .flow import (
     parse_flow_config as parse_flow_config,
 )
 from .guidance import (
+    AbstractGuider as AbstractGuider,
     ClassifierFree as ClassifierFree,
     Conditioned as Conditioned,
-    Denoiser as Denoiser,
+    Guided as Guided,
+    Interval as Interval,
+    Network as Network,
+    Unguided as Unguided,
     classifier_free as classifier_free,
-    stack_conditioning as stack_conditioning,
+    condition_at as condition_at,
+    predict_each as predict_each,
+    stack_conditions as stack_conditions,
 )
+from .hooks import Blend as Blend, Hook as Hook, Moment as Moment
 from .names import (
     SAMPLERS as SAMPLERS,
     Sampler as Sampler,
@@ -36,7 +48,13 @@ from .parameterization import (
     VPrediction as VPrediction,
     parameterization_of as parameterization_of,
 )
-from .sample import sample as sample, start as start, step as step
+from .sample import (
+    State as State,
+    begin as begin,
+    sample as sample,
+    start as start,
+    step as step,
+)
 from .schedule import Row as Row, Schedule as Schedule, add_noise as add_noise
 from .solvers import (
     DDIM as DDIM,

@@ -1,63 +1,114 @@
+from collections.abc import Sequence
 from typing import Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._dtypes import at_least_float32
-from .schedule import Schedule, X
-from .solvers._base import AbstractSolver, Denoise, Index, Noise
+from .denoiser import AbstractDenoiser, Denoise, as_denoiser
+from .hooks import Hook, Moment, hooked
+from .schedule import Row, Schedule, X
+from .solvers import AbstractSolver
+from .solvers._base import Noise, StepIndex
 
 
 Remat = Literal["none", "step", "sqrt"]
 
 
 def start(noise: X, schedule: Schedule) -> X:
-    """The noisy data at row 0 from unit noise, in at least float32."""
+    """Returns the noisy data at row 0 from unit noise, in at least float32."""
     wide = noise.astype(at_least_float32(noise.dtype))
     return schedule.start.astype(wide.dtype) * wide
 
 
+class State(eqx.Module):
+    """What one step hands to the next, besides x.
+
+    **Fields:**
+
+    - `solver`: the solver's state.
+    - `memory`: the denoiser's memory.
+    """
+
+    solver: PyTree
+    memory: PyTree
+
+
+def begin(
+    denoiser: AbstractDenoiser | Denoise, x: X, schedule: Schedule, solver: AbstractSolver
+) -> State:
+    """Returns the state before the first step, for `x` as `start` returned it."""
+    return State(solver.init(x, schedule), as_denoiser(denoiser).init(x))
+
+
 def step(
-    denoiser: Denoise,
+    denoiser: AbstractDenoiser | Denoise,
     x: X,
-    state: PyTree,
+    state: State,
     schedule: Schedule,
-    index: Index,
+    index: StepIndex,
     solver: AbstractSolver,
     key: Noise | None = None,
-) -> tuple[X, PyTree]:
-    """One step of `sample`: from row `index` to row `index + 1`.
+    hooks: Sequence[Hook] = (),
+) -> tuple[X, X, State]:
+    """Takes one step of `sample`: from row `index` to row `index + 1`.
 
-    A caller that shows progress or previews jits this and calls it once a step, with `index` an
-    array: one program serves all steps. The first state is `solver.init(x, schedule)`.
+    A caller that shows progress or previews jits this function and calls it once a step, with
+    `index` an array: one program serves all steps. The first state is from `begin`.
 
-    **Returns:** the noisy data at row `index + 1` and the next state.
+    The evaluation at row `index` updates the denoiser's memory. Where the solver evaluates more
+    often, the further evaluations read the updated memory and change nothing in it.
+
+    **Returns:** the noisy data at row `index + 1`, the clean data that the step started with, and
+    the next state.
     """
-    return solver.step(denoiser, x, state, schedule, index, key)
+    denoiser = as_denoiser(denoiser)
+    row = schedule[index]
+
+    def reading(memory: PyTree) -> Denoise:
+        return lambda x, row: denoiser.recall(x, row, memory)[0]
+
+    x0, memory = denoiser.recall(x, row, state.memory)
+    x0 = hooked(hooks, reading(state.memory), x0, x, row)
+    further = reading(memory)
+
+    def denoise(x: X, row: Row) -> X:
+        return hooked(hooks, further, further(x, row), x, row)
+
+    x, solved = solver.step(denoise, x, x0, state.solver, schedule, index, key)
+    last = jnp.asarray(index == schedule.steps - 1)
+    moment = Moment(jnp.asarray(index), row, schedule[index + 1], last)
+    for hook in hooks:
+        if hook.on_x is not None:
+            x = hook.on_x(x, x0, moment)
+    return x, x0, State(solved, memory)
 
 
 def sample(
-    denoiser: Denoise,
+    denoiser: AbstractDenoiser | Denoise,
     x: X,
     schedule: Schedule,
     solver: AbstractSolver,
     *,
     key: Noise | None = None,
+    hooks: Sequence[Hook] = (),
     remat: Remat = "none",
 ) -> X:
     """Takes `x` from row 0 of the schedule to the last: pure, differentiable, one example.
 
-    Batches, several guidance scales and several conditionings come by `jax.vmap`. Nothing but the
-    shapes, the number of steps and the solver is compiled in.
+    Batches, and several guidance scales, conditions, schedules or hooks, come by `jax.vmap`. Only
+    the shapes, the number of steps, the solver and the code of the hooks are compiled in.
 
     **Arguments:**
 
-    - `denoiser`: `(x, row) -> x0`, such as a `Denoiser`.
+    - `denoiser`: such as a `GuidedDenoiser`, or any callable `(x, row) -> x0`.
     - `x`: the noisy data at row 0: `start(noise, schedule)`. It is widened to float32 at least.
     - `schedule`: the noise levels.
     - `solver`: how to step from one to the next.
     - `key`: for solvers that draw noise: a key, or all their unit noise, `(steps, draws, *shape)`.
+    - `hooks`: change x0 or x in every step, one after the other.
     - `remat`: what the backward pass keeps: everything; `"step"`: x at every step, recomputing each
         step once; `"sqrt"`: x at every about sqrt(steps) steps, recomputing each step twice.
 
@@ -71,11 +122,12 @@ def sample(
 
     def body(carry, index):
         x, state = carry
-        return step(denoiser, x, state, schedule, index, solver, key), None
+        x, _, state = step(denoiser, x, state, schedule, index, solver, key, hooks)
+        return (x, state), None
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry = (x, solver.init(x, schedule))
+    carry = (x, begin(denoiser, x, schedule, solver))
     indices = jnp.arange(schedule.steps)
     if remat == "sqrt":
         run = max(1, round(schedule.steps**0.5))

@@ -11,17 +11,29 @@ from typing import Any, NamedTuple, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float, PyTree
 
 from .._config import parse_config
 from .._types import PRNGKey, Tokens
 from ..kernels import attention
-from ..nn import Embedding, LayerNorm, Linear, fold, gelu_erf, quick_gelu, stack
+from ..nn import (
+    AbstractLinear,
+    Embedding,
+    Keep,
+    LayerNorm,
+    Linear,
+    everything,
+    fold,
+    gelu_erf,
+    nothing,
+    quick_gelu,
+    stack,
+)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu_erf}
 HIGHEST_ID = 2
-"""The `eos_token_id` that old configs state falsely: the text ends at its highest token id."""
+"""Old configs state this `eos_token_id` falsely: their texts end at the highest token id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +92,19 @@ class CLIPTextConfig:
 
 
 class CLIPOutput(NamedTuple):
-    """What the families take from a CLIP text encoder, each its own part."""
+    """The states of a CLIP text encoder, of which each family takes its own."""
 
     last_hidden_state: Float[Array, "tokens dim"]
     """The state after all layers and the final norm."""
 
     hidden_state: Float[Array, "tokens dim"]
-    """The state after all layers but `skip`, without the final norm."""
+    """The state after all but the last `skip` layers, without the final norm."""
 
     pooled: Float[Array, " dim"]
     """The last hidden state at the token that ends the text."""
 
     text_embeds: Float[Array, " projected"] | None
-    """`pooled`, projected, of an encoder with a projection."""
+    """The projection of `pooled`, or `None` for an encoder without a projection."""
 
 
 class CLIPEmbeddings(eqx.Module):
@@ -100,6 +112,7 @@ class CLIPEmbeddings(eqx.Module):
 
     token_embedding: Embedding
     position_embedding: Embedding
+    positions: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, cfg: CLIPTextConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -108,21 +121,31 @@ class CLIPEmbeddings(eqx.Module):
         return cls(
             Embedding.init(cfg.vocab_size, dim, key=token_key, dtype=dtype),
             Embedding.init(length, dim, key=position_key, dtype=dtype),
+            length,
         )
 
-    def __call__(self, tokens: Tokens, dtype: DTypeLike) -> Float[Array, "tokens dim"]:
-        positions = jnp.arange(tokens.shape[0])
-        token, position = self.token_embedding(tokens), self.position_embedding(positions)
+    def __call__(self, tokens: Tokens, dtype: DTypeLike | None) -> Float[Array, "tokens dim"]:
+        """Embeds tokens in `dtype`, or in the dtype of their table.
+
+        **Raises:** `ValueError` where there are more tokens than positions.
+        """
+        if tokens.shape[0] > self.positions:
+            raise ValueError(
+                f"{tokens.shape[0]} tokens are more than the {self.positions} positions."
+            )
+        token = self.token_embedding(tokens)
+        position = self.position_embedding(jnp.arange(tokens.shape[0]))
+        dtype = token.dtype if dtype is None else dtype
         return token.astype(dtype) + position.astype(dtype)
 
 
 class CLIPAttention(eqx.Module):
     """Multi-head self-attention, with biases."""
 
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    out_proj: Linear
+    q_proj: AbstractLinear
+    k_proj: AbstractLinear
+    v_proj: AbstractLinear
+    out_proj: AbstractLinear
     heads: int = eqx.field(static=True)
 
     @classmethod
@@ -142,8 +165,8 @@ class CLIPAttention(eqx.Module):
 class CLIPMLP(eqx.Module):
     """Linear, activation, linear."""
 
-    fc1: Linear
-    fc2: Linear
+    fc1: AbstractLinear
+    fc2: AbstractLinear
     hidden_act: str = eqx.field(static=True)
 
     @classmethod
@@ -198,9 +221,15 @@ class CLIPEncoder(eqx.Module):
         return cls(stack(layer, cfg.num_hidden_layers, key=key), cfg.num_hidden_layers)
 
     def __call__(
-        self, x: Float[Array, "tokens dim"], skip: int, *, remat: bool
-    ) -> tuple[Float[Array, "tokens dim"], Float[Array, "tokens dim"]]:
-        """The states after all layers and after all but `skip`."""
+        self, x: Float[Array, "tokens dim"], skip: int, *, remat: bool, keep: Keep
+    ) -> tuple[Float[Array, "tokens dim"], Float[Array, "tokens dim"], PyTree]:
+        """Returns the states after all layers and after all but the last `skip`, and `keep(x)`
+        after each layer.
+
+        **Raises:** `ValueError` where there are fewer than `skip` layers.
+        """
+        if not 0 <= skip <= self.depth:
+            raise ValueError(f"`skip` {skip} is out of range: the encoder has {self.depth} layers.")
         mask = jnp.tri(x.shape[0], dtype=bool)[None]
 
         def apply(layer, carry):
@@ -208,8 +237,10 @@ class CLIPEncoder(eqx.Module):
             x = layer(x, mask)
             return index + 1, x, jnp.where(index + 1 == self.depth - skip, x, kept)
 
-        _, x, kept = fold(self.layers, (jnp.zeros((), jnp.int32), x, x), apply, remat=remat)
-        return x, kept
+        start = jnp.zeros((), jnp.int32), x, x
+        of_x = lambda carry: keep(carry[1])
+        (_, x, kept), seen = fold(self.layers, start, apply, remat=remat, keep=of_x)
+        return x, kept, seen
 
 
 class CLIPTextModel(eqx.Module):
@@ -218,12 +249,12 @@ class CLIPTextModel(eqx.Module):
     embeddings: CLIPEmbeddings
     encoder: CLIPEncoder
     final_layer_norm: LayerNorm
-    text_projection: Linear | None
+    text_projection: AbstractLinear | None
     eos_token_id: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, cfg: CLIPTextConfig, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
-        """A random encoder with weights of `dtype`."""
+        """Makes a random encoder with weights of `dtype`."""
         keys = jax.random.split(key, 3)
         projection = None
         if cfg.has_projection:
@@ -251,21 +282,28 @@ class CLIPTextModel(eqx.Module):
         **Arguments:**
 
         - `tokens`: the ids, with start and end token, padded; at most `max_position_embeddings`.
-        - `skip`: how many of the last layers `hidden_state` leaves out: 1 is the penultimate
+        - `skip`: how many of the last layers `hidden_state` leaves out. 1 gives the penultimate
             state, `hidden_states[-2]` in transformers.
-        - `dtype`: that of the activations; the weights' own by default.
+        - `dtype`: the dtype of the activations, by default the dtype of the token embeddings.
         - `remat`: recompute each layer in the backward pass.
 
         **Raises:** `ValueError` where there are more tokens than positions, or fewer layers than
         `skip`.
         """
-        positions = self.embeddings.position_embedding.weight.shape[0]
-        if tokens.shape[0] > positions:
-            raise ValueError(f"{tokens.shape[0]} tokens are more than the {positions} positions.")
-        if not 0 <= skip <= self.encoder.depth:
-            raise ValueError(f"Of {self.encoder.depth} layers, {skip} cannot be skipped.")
-        dtype = self.embeddings.token_embedding.weight.dtype if dtype is None else dtype
-        x, hidden_state = self.encoder(self.embeddings(tokens, dtype), skip, remat=remat)
+        return self.capture(tokens, skip=skip, dtype=dtype, remat=remat, keep=nothing)[0]
+
+    def capture(
+        self,
+        tokens: Tokens,
+        *,
+        skip: int = 0,
+        dtype: DTypeLike | None = None,
+        remat: bool = False,
+        keep: Keep = everything,
+    ) -> tuple[CLIPOutput, PyTree]:
+        """Does what `__call__` does, and also returns `keep(x)` after every layer, stacked."""
+        x = self.embeddings(tokens, dtype)
+        x, hidden_state, seen = self.encoder(x, skip, remat=remat, keep=keep)
         last_hidden_state = self.final_layer_norm(x)
         if self.eos_token_id == HIGHEST_ID:
             end = jnp.argmax(tokens)
@@ -273,4 +311,4 @@ class CLIPTextModel(eqx.Module):
             end = jnp.argmax(tokens == self.eos_token_id)
         pooled = last_hidden_state[end]
         text_embeds = None if self.text_projection is None else self.text_projection(pooled)
-        return CLIPOutput(last_hidden_state, hidden_state, pooled, text_embeds)
+        return CLIPOutput(last_hidden_state, hidden_state, pooled, text_embeds), seen

@@ -12,12 +12,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .._config import parse_config
 from .._types import PRNGKey, Tokens
 from ..kernels import attention
-from ..nn import Embedding, Linear, RMSNorm, fold, gelu_tanh, stack
+from ..nn import (
+    AbstractLinear,
+    Embedding,
+    Keep,
+    Linear,
+    RMSNorm,
+    everything,
+    fold,
+    gelu_tanh,
+    nothing,
+    stack,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +60,7 @@ class T5Config:
     @classmethod
     def parse(cls, fields: Mapping[str, Any], *, name: str = "text_encoder_2/config.json") -> Self:
         """Reads a `config.json`, which the errors call `name`. **Raises:** `ConfigError`."""
-        if "feed_forward_proj" not in fields:  # where absent, it means the first version's ReLU
+        if "feed_forward_proj" not in fields:  # a config without it means the first version's ReLU
             fields = {**fields, "feed_forward_proj": "relu"}
         return parse_config(
             cls,
@@ -74,12 +85,12 @@ class T5Config:
 
 
 class T5Attention(eqx.Module):
-    """Multi-head self-attention without scale or biases; positions come in by a bias of scores."""
+    """Multi-head self-attention without scale or biases; a bias of the scores tells positions."""
 
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
+    q: AbstractLinear
+    k: AbstractLinear
+    v: AbstractLinear
+    o: AbstractLinear
 
     @classmethod
     def init(cls, dim: int, inner: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -96,11 +107,11 @@ class T5Attention(eqx.Module):
 
 
 class T5GatedMLP(eqx.Module):
-    """`wo(gelu(wi_0 x) * wi_1 x)`."""
+    """Computes `wo(gelu(wi_0 x) * wi_1 x)`."""
 
-    wi_0: Linear
-    wi_1: Linear
-    wo: Linear
+    wi_0: AbstractLinear
+    wi_1: AbstractLinear
+    wo: AbstractLinear
 
     @classmethod
     def init(cls, dim: int, hidden: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -142,17 +153,18 @@ class T5Block(eqx.Module):
 
 
 class T5Encoder(eqx.Module):
-    """Embedding, blocks, norm. The bias of the relative positions is shared by all blocks."""
+    """Embedding, blocks, norm. All blocks share the bias of the relative positions."""
 
     shared: Embedding
     relative_attention_bias: Embedding
     block: T5Block
     final_layer_norm: RMSNorm
+    buckets: int = eqx.field(static=True)
     max_distance: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, cfg: T5Config, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
-        """A random encoder with weights of `dtype`."""
+        """Makes a random encoder with weights of `dtype`."""
         shared_key, bias_key, block_key = jax.random.split(key, 3)
         buckets = cfg.relative_attention_num_buckets
         block = lambda key: T5Block.init(cfg, key=key, dtype=dtype)
@@ -161,38 +173,52 @@ class T5Encoder(eqx.Module):
             Embedding.init(buckets, cfg.num_heads, key=bias_key, dtype=dtype),
             stack(block, cfg.num_layers, key=block_key),
             RMSNorm.init(cfg.d_model, eps=cfg.layer_norm_epsilon, dtype=dtype),
+            buckets,
             cfg.relative_attention_max_distance,
         )
 
     def __call__(
         self, tokens: Tokens, *, dtype: DTypeLike | None = None, remat: bool = False
     ) -> Float[Array, "tokens dim"]:
-        """The final state of each token of one prompt, padding included: there is no mask.
+        """Returns the final state of each token of one prompt.
+
+        There is no mask: the padding takes part as the other tokens do.
 
         **Arguments:**
 
         - `tokens`: the ids, with end token, padded to any length.
-        - `dtype`: that of the activations; the weights' own by default.
+        - `dtype`: the dtype of the activations, by default the dtype of the token embeddings.
         - `remat`: recompute each block in the backward pass.
         """
+        return self.capture(tokens, dtype=dtype, remat=remat, keep=nothing)[0]
+
+    def capture(
+        self,
+        tokens: Tokens,
+        *,
+        dtype: DTypeLike | None = None,
+        remat: bool = False,
+        keep: Keep = everything,
+    ) -> tuple[Float[Array, "tokens dim"], PyTree]:
+        """Does what `__call__` does, and also returns `keep(x)` after every block, stacked."""
         x = self.shared(tokens)
         x = x if dtype is None else x.astype(dtype)
-        num_buckets = self.relative_attention_bias.weight.shape[0]
-        buckets = relative_buckets(tokens.shape[0], num_buckets, self.max_distance)
+        buckets = relative_buckets(tokens.shape[0], self.buckets, self.max_distance)
         bias = self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)
-        x = fold(self.block, x, lambda block, x: block(x, bias), remat=remat)
-        return self.final_layer_norm(x)
+        apply = lambda block, x: block(x, bias)
+        x, seen = fold(self.block, x, apply, remat=remat, keep=keep)
+        return self.final_layer_norm(x), seen
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each pair of positions, `(query, key)`, for a bidirectional encoder.
+    """Returns the bucket of each pair of positions, `(query, key)`, in a bidirectional encoder.
 
-    The first half of the buckets is for keys at or before the query, the second for those after. In
-    each half, half of the buckets hold one distance each, and the others distances that grow
-    by a constant factor up to `max_distance`; all beyond share the last.
+    The first half of the buckets is for keys at or before the query, the second for later keys. In
+    each half, half of the buckets hold one distance each. The others hold ranges of distances that
+    grow by a constant factor up to `max_distance`; all larger distances share the last bucket.
 
-    Source: https://arxiv.org/abs/1910.10683, section 2.1. The boundaries are those of
-    the logarithm in exact arithmetic, found with integers alone.
+    Source: https://arxiv.org/abs/1910.10683, section 2.1. The boundaries are exact: integers alone
+    decide where the reference compares rounded logarithms.
     """
     half = num_buckets // 2
     exact = half // 2

@@ -5,34 +5,33 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
+from .._dtypes import float32_products
 from .._types import Scalar
-from ..models import AbstractFamily, Guidance, Modules, Settings
-from ..sampling import AbstractParameterization
+from ..models import PROMPT, AbstractModel, Inputs, Modules, Settings
+from ..sampling import AbstractParameterization, Conditioned, Denoiser
 from .levels import AbstractLevels
 from .losses import autoencoder_loss, denoising_loss, min_snr_weight, unit_noise
 from .step import Metrics
 
 
 class DenoiserObjective(eqx.Module):
-    """The denoising loss of a family's text encoders and network.
+    """The denoising loss of a model's text encoders and network.
 
-    The batch is `(latents, tokens)`: clean latents of unit variance, and for each text encoder the
-    tokens of the captions.
+    The batch is `(latents, tokens)`: clean latents of unit variance, and the tokens of the captions
+    as the model's `tokenize` returns them.
 
     **Fields:**
 
-    - `guidance`: the scale that is told to a network that embeds one.
     - `parameterization`: what the network predicts.
     - `gamma`: of the min-SNR weights, or `None` for none.
     - `settings`: what the network is told besides the prompt.
     - `dtype`: of the activations.
     """
 
-    family: AbstractFamily
+    model: AbstractModel
     levels: AbstractLevels
-    guidance: Guidance
     parameterization: AbstractParameterization
     gamma: float | None
     settings: Settings = eqx.field(static=True)
@@ -41,31 +40,25 @@ class DenoiserObjective(eqx.Module):
     def __call__(
         self,
         modules: Modules,
-        batch: tuple[Float[Array, "n h w c"], dict[str, Int[Array, "n tokens"]]],
+        batch: tuple[Float[Array, "n h w c"], PyTree[Int[Array, "n tokens"]]],
         keys: Key[Array, " n"],
     ) -> tuple[Scalar, Metrics]:
-        def one(latent: Array, tokens: dict[str, Array], key: Array) -> Scalar:
+        def one(latent: Array, tokens: PyTree, key: Array) -> Scalar:
             level_key, noise_key = jax.random.split(key)
-            skip = self.settings.clip_skip or 0
-            encoded = self.family.encode(modules, tokens, skip, self.dtype)
-            conditioning = self.family.condition(self.settings, encoded, negative=False)
-            denoiser = self.family.denoiser(
-                modules,
-                conditioning,
-                None,
-                self.guidance,
-                (),
-                self.parameterization,
-                self.dtype,
-            )
+            model, settings = self.model, self.settings
+            encoded = model.encode(modules, tokens, self.dtype)
+            condition = model.condition(encoded, settings, PROMPT)
+            network = model.network(modules, model.shared(Inputs(), settings), self.dtype)
+            denoiser = Denoiser(Conditioned(network, condition), self.parameterization)
             row = self.levels.sample(level_key)
             loss = denoising_loss(denoiser, latent, unit_noise(noise_key, latent), row)
             if self.gamma is None:
                 return loss
-            return loss * min_snr_weight(row, denoiser.parameterization, self.gamma)
+            return loss * min_snr_weight(row, self.parameterization, self.gamma)
 
         latents, tokens = batch
-        return jnp.mean(jax.vmap(one)(latents, tokens, keys)), {}
+        with float32_products(self.dtype):
+            return jnp.mean(jax.vmap(one)(latents, tokens, keys)), {}
 
 
 class AutoencoderObjective(eqx.Module):
@@ -87,5 +80,6 @@ class AutoencoderObjective(eqx.Module):
                 edge_weight=self.edge_weight,
             )
 
-        losses, metrics = jax.vmap(one)(batch, keys)
+        with float32_products(self.dtype):
+            losses, metrics = jax.vmap(one)(batch, keys)
         return jnp.mean(losses), jax.tree.map(jnp.mean, metrics)

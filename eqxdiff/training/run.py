@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from PIL import Image
 
 from .._errors import CheckpointError, TrainingError
+from ..models import PROMPT
 from ..pipeline import Pipeline, generate, to_bytes
 from ..sampling.flow import FlowSchedulerConfig
 from .config import TrainConfig
@@ -147,14 +148,17 @@ def _objective(
         return lambda step: jnp.asarray(images[index(step)]), AutoencoderObjective(
             fields.kl_weight, fields.edge_weight, dtype
         )
-    plan = studio.blueprint
+    blueprint = studio.blueprint
     report("note", {"message": "encoding the images"})
     latents = encode_images(studio.vae, images)
     report("note", {"message": "tokenizing the captions"})
     settings = _settings(studio, config)
     texts = ["", *(caption for example in examples for caption in example.captions)]
-    tokenized = [plan.tokenize(text, None, settings) for text in texts]
-    tokens = {name: np.stack([each[name].ids for each in tokenized]) for name in tokenized[0]}
+    model = blueprint.model
+    tokenized = [
+        model.tokenize(blueprint.tokenizers, text, settings, PROMPT).tokens for text in texts
+    ]
+    tokens = jax.tree.map(lambda *ids: np.stack(ids), *tokenized)
     counts = np.array([len(example.captions) for example in examples])
     first = 1 + np.cumsum(counts) - counts
 
@@ -163,14 +167,13 @@ def _objective(
         text = first[chosen] + pick(step, counts[chosen], run.seed)
         empty = dropped(step, len(chosen), config.data.caption_dropout, run.seed)
         text = np.where(empty, 0, text)
-        rows = {name: jnp.asarray(ids[text]) for name, ids in tokens.items()}
+        rows = jax.tree.map(lambda ids: jnp.asarray(ids[text]), tokens)
         return jnp.asarray(latents[chosen]), rows
 
     objective = DenoiserObjective(
-        plan.family,
-        _levels(plan.configs["scheduler"], config),
-        plan.family.guidance(plan.configs, settings),
-        plan.family.parameterization(plan.configs, settings),
+        model,
+        _levels(blueprint.configs["scheduler"], config),
+        model.recipe(settings).parameterization,
         fields.min_snr_gamma or None,
         settings,
         dtype,

@@ -74,8 +74,8 @@ def open_studio(config: TrainConfig) -> Studio:
         else:
             key = jax.random.fold_in(jax.random.key(config.run.seed), index)
             modules[name] = eqx.filter_jit(component.init)(configs[name], key=key)
-    plan = dataclasses.replace(plan, configs=configs)
-    plan.family.check(configs)
+    model = plan.family.bind(plan.name, plan.model.defaults, configs)
+    plan = dataclasses.replace(plan, configs=configs, model=model)
     vae = None if alone else modules.pop("vae")
     modules = zeroed(modules, config.model.zero)
     if config.model.remat:

@@ -93,12 +93,18 @@ class Posterior(eqx.Module):
     mean: Float[Array, "h w latent"]
     logvar: Float[Array, "h w latent"]
 
-    def sample(self, key: PRNGKey) -> Float[Array, "h w latent"]:
-        """One draw, in the dtype of the mean."""
+    def sample(self, noise: PRNGKey | Float[Array, "h w latent"]) -> Float[Array, "h w latent"]:
+        """Draws once, in the dtype of the mean.
+
+        **Arguments:**
+
+        - `noise`: a key, or the unit noise itself.
+        """
         dtype = at_least_float32(self.mean.dtype)
-        noise = jax.random.normal(key, self.mean.shape, dtype)
+        if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
+            noise = jax.random.normal(noise, self.mean.shape, dtype)
         std = jnp.exp(0.5 * self.logvar.astype(dtype))
-        return (self.mean.astype(dtype) + std * noise).astype(self.mean.dtype)
+        return (self.mean.astype(dtype) + std * noise.astype(dtype)).astype(self.mean.dtype)
 
 
 class AutoencoderKL(eqx.Module):

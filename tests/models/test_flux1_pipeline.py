@@ -10,7 +10,7 @@ import pytest
 from helpers import FIXTURES, fake_noise, relative_error, write_checkpoint
 
 import eqxdiff
-from eqxdiff.sampling import Flow, start, step
+from eqxdiff.sampling import Flow, begin, start, step
 
 
 CASES = json.loads((FIXTURES / "flux1_pipeline.json").read_text())
@@ -57,7 +57,7 @@ def first_step(pipe, encoded, settings, noise):
                 components, conditional, unconditional, guidance, (), Flow(), plan.compute_dtype
             )
             x = start(x, schedule)
-            return step(denoiser, x, solver.init(x, schedule), schedule, 0, solver)[0]
+            return step(denoiser, x, begin(denoiser, x, schedule, solver), schedule, 0, solver)[0]
 
         return jax.vmap(one)(x, conditional)
 

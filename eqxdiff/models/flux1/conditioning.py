@@ -1,9 +1,23 @@
+"""What FLUX.1 is told of a prompt, and how a latent becomes its tokens."""
+
 import equinox as eqx
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from ..._types import Image, Scalar
+from ...sampling import Row
+from .network import Transformer
 
 
-class Conditioning(eqx.Module):
-    """What FLUX.1 knows of a prompt.
+class FluxTokens(eqx.Module):
+    """The tokens of a prompt for CLIP and for T5."""
+
+    clip: Int[Array, " clip_tokens"]
+    t5: Int[Array, " t5_tokens"]
+
+
+class FluxCondition(eqx.Module):
+    """What FLUX.1 is told of a prompt.
 
     **Fields:**
 
@@ -11,5 +25,51 @@ class Conditioning(eqx.Module):
     - `pooled`: CLIP's state at the end of the text.
     """
 
-    txt: Float[Array, "*batch tokens text_dim"]
-    pooled: Float[Array, "*batch pooled_dim"]
+    txt: Float[Array, "*roles tokens text_dim"]
+    pooled: Float[Array, "*roles pooled_dim"]
+
+
+class FluxShared(eqx.Module):
+    """What FLUX.1 is told of a picture besides its prompts: the embedded guidance scale."""
+
+    guidance: Scalar | None
+
+
+def patchify(x: Float[Array, "h w c"]) -> Float[Array, "h*w//4 4*c"]:
+    """Cuts a latent into patches of 2x2. The features of a patch are channel, row, column."""
+    h, w, c = x.shape
+    patches = x.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 4, 1, 3)
+    return patches.reshape(h * w // 4, 4 * c)
+
+
+def unpatchify(img: Float[Array, "pixels features"], h: int, w: int) -> Float[Array, "{h} {w} c"]:
+    """Puts patches together again: the inverse of `patchify`."""
+    patches = img.reshape(h // 2, w // 2, -1, 2, 2).transpose(0, 3, 1, 4, 2)
+    return patches.reshape(h, w, -1)
+
+
+def positions(tokens: int, h: int, w: int) -> Float[Array, "{tokens}+{h}*{w}//4 3"]:
+    """Returns (0, 0, 0) for each text token, then (0, row, column) of each patch."""
+    row, column = jnp.meshgrid(jnp.arange(h // 2), jnp.arange(w // 2), indexing="ij")
+    img = jnp.stack([jnp.zeros_like(row), row, column], axis=-1).reshape(-1, 3)
+    return jnp.concatenate([jnp.zeros((tokens, 3), img.dtype), img]).astype(jnp.float32)
+
+
+class FluxPredictor(eqx.Module):
+    """The transformer as `(latent, row, condition) -> velocity`, for one picture."""
+
+    transformer: Transformer
+    shared: FluxShared
+    dtype: DTypeLike = eqx.field(static=True)
+
+    def __call__(self, x: Image, row: Row, condition: FluxCondition) -> Image:
+        h, w, _ = x.shape
+        velocity = self.transformer(
+            patchify(x).astype(self.dtype),
+            condition.txt.astype(self.dtype),
+            condition.pooled.astype(self.dtype),
+            row.timestep,
+            self.shared.guidance,
+            positions(condition.txt.shape[0], h, w),
+        )
+        return unpatchify(velocity, h, w).astype(x.dtype)

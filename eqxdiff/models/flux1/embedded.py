@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .._family import Preset
-from .._settings import Settings
+from .settings import FluxSettings
 
 
 FOLDER = Path(__file__).parent / "emoji"
@@ -14,6 +14,6 @@ def presets(folder: Path = FOLDER) -> Mapping[str, Preset]:
     """`flux-emoji`, where its files are there: a package may be built without them."""
     if not (folder / "model_index.json").is_file():
         return {}
-    settings = Settings(steps=20, height=64, width=64, cfg=3.0, max_sequence_length=20)
+    settings = FluxSettings(steps=20, height=64, width=64, cfg=3.0, max_sequence_length=20)
     summary = "FLUX.1 architecture, 9 M, trained from scratch on emoji"
     return {"flux-emoji": Preset(summary, "the package", settings, embedded=str(folder))}

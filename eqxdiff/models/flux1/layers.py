@@ -4,6 +4,7 @@ Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/modules/
 names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
+from collections.abc import Callable
 from typing import Self
 
 import equinox as eqx
@@ -14,11 +15,18 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
 from ...kernels import attention
-from ...nn import Adapted, EmbeddingMLP, Linear, RMSNorm, apply_rope, layer_norm, silu, sinusoid
+from ...nn import (
+    AbstractLinear,
+    EmbeddingMLP,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    layer_norm,
+    silu,
+    sinusoid,
+)
 from .config import TransformerConfig
 
-
-Layer = Linear | Adapted
 
 EPS = 1e-6
 SINUSOID_DIM = 256
@@ -27,7 +35,7 @@ SINUSOID_DIM = 256
 class Modulation(eqx.Module):
     """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
 
-    linear: Linear
+    linear: AbstractLinear
 
     @classmethod
     def init(cls, dim: int, count: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -40,20 +48,21 @@ class Modulation(eqx.Module):
 def modulate(
     x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
 ) -> Float[Array, "tokens dim"]:
-    """`(1 + scale) * norm(x) + shift`, rounded once."""
+    """Computes `(1 + scale) * norm(x) + shift` and rounds once."""
     return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS)
 
 
 def split_heads(
     x: Float[Array, "tokens dim"],
-    q: Layer,
-    k: Layer,
-    v: Layer,
-    norm_q: RMSNorm | Adapted,
-    norm_k: RMSNorm | Adapted,
+    q: AbstractLinear,
+    k: AbstractLinear,
+    v: AbstractLinear,
+    norm_q: Callable[[Array], Array],
+    norm_k: Callable[[Array], Array],
+    count: int,
 ) -> list[Float[Array, "tokens heads head_dim"]]:
-    """Queries and keys, normalised head by head, and values."""
-    heads = [f(x).reshape(x.shape[0], -1, norm_q.weight.shape[0]) for f in (q, k, v)]
+    """Projects to `count` heads: queries and keys, each head normalised, and values."""
+    heads = [f(x).reshape(x.shape[0], count, -1) for f in (q, k, v)]
     return [norm_q(heads[0]), norm_k(heads[1]), heads[2]]
 
 
@@ -63,24 +72,26 @@ def attend(
     v: Float[Array, "tokens heads head_dim"],
     pe: Float[Array, "tokens 2 half"],
 ) -> Float[Array, "tokens dim"]:
+    """Turns queries and keys by their positions, attends, and joins the heads."""
     return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)
 
 
 class JointAttention(eqx.Module):
-    """Attention over text and image together, each with projections of its own."""
+    """Attention over text and image together. Each of the two has its own projections."""
 
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
-    to_out: Linear
+    to_q: AbstractLinear
+    to_k: AbstractLinear
+    to_v: AbstractLinear
+    to_out: AbstractLinear
     norm_q: RMSNorm
     norm_k: RMSNorm
-    add_q_proj: Linear
-    add_k_proj: Linear
-    add_v_proj: Linear
-    to_add_out: Linear
+    add_q_proj: AbstractLinear
+    add_k_proj: AbstractLinear
+    add_v_proj: AbstractLinear
+    to_add_out: AbstractLinear
     norm_added_q: RMSNorm
     norm_added_k: RMSNorm
+    heads: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -88,7 +99,7 @@ class JointAttention(eqx.Module):
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
         img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
-        return cls(*img, *txt)
+        return cls(*img, *txt, cfg.num_attention_heads)
 
     def __call__(
         self,
@@ -96,35 +107,37 @@ class JointAttention(eqx.Module):
         txt: Float[Array, "tokens dim"],
         pe: Float[Array, "tokens+pixels 2 half"],
     ) -> tuple[Float[Array, "pixels dim"], Float[Array, "tokens dim"]]:
-        img_qkv = split_heads(img, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        add = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        txt_qkv = split_heads(txt, *add, self.norm_added_q, self.norm_added_k)
+        to_qkv, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+        img_qkv = split_heads(img, *to_qkv, *norms, self.heads)
+        to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
         q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
         txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
         return self.to_out(img), self.to_add_out(txt)
 
 
 class SelfAttention(eqx.Module):
-    """Attention of the joined streams. Its output projection is shared with the MLP's."""
+    """Attention of the joined streams. The block's `proj_out` projects its output."""
 
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
+    to_q: AbstractLinear
+    to_k: AbstractLinear
+    to_v: AbstractLinear
     norm_q: RMSNorm
     norm_k: RMSNorm
+    heads: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v = map(linear, jax.random.split(key, 3))
-        return cls(q, k, v, norm(), norm())
+        return cls(q, k, v, norm(), norm(), cfg.num_attention_heads)
 
     def __call__(
         self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
     ) -> Float[Array, "tokens dim"]:
-        q, k, v = split_heads(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        return attend(q, k, v, pe)
+        to_qkv = self.to_q, self.to_k, self.to_v
+        return attend(*split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads), pe)
 
 
 class TimeTextEmbedding(eqx.Module):
@@ -144,10 +157,11 @@ class TimeTextEmbedding(eqx.Module):
     def __call__(
         self, timestep: Scalar, guidance: Scalar | None, pooled: Float[Array, " pooled_dim"]
     ) -> Float[Array, " dim"]:
+        """**Raises:** `ValueError` where guidance is embedded and `guidance` is `None`."""
         embed = lambda t: sinusoid(t, SINUSOID_DIM, flip_sin_to_cos=True, freq_shift=0)
         vec = self.timestep_embedder(embed(timestep).astype(pooled.dtype))
         if self.guidance_embedder is not None:
             if guidance is None:
-                raise ValueError("This transformer embeds guidance, and none was given.")
+                raise ValueError("This transformer embeds guidance, and `guidance` is missing.")
             vec = vec + self.guidance_embedder(embed(1000 * guidance).astype(pooled.dtype))
         return vec + self.text_embedder(pooled)

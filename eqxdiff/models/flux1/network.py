@@ -4,15 +4,26 @@ Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/model.py
 `FluxTransformer2DModel` of diffusers.
 """
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from ..._types import PRNGKey, Scalar
-from ...nn import MLP, Linear, fold, gelu_tanh, rope, stack
+from ...nn import (
+    MLP,
+    AbstractLinear,
+    Keep,
+    Linear,
+    everything,
+    fold,
+    gelu_tanh,
+    nothing,
+    rope,
+    stack,
+)
 from .config import TransformerConfig
 from .layers import JointAttention, Modulation, SelfAttention, TimeTextEmbedding, modulate
 
@@ -22,7 +33,7 @@ MLP_RATIO = 4
 
 
 class DoubleBlock(eqx.Module):
-    """Two streams that meet in attention."""
+    """Image and text as two streams that meet in attention."""
 
     norm1: Modulation
     norm1_context: Modulation
@@ -66,8 +77,8 @@ class SingleBlock(eqx.Module):
 
     norm: Modulation
     attn: SelfAttention
-    proj_mlp: Linear
-    proj_out: Linear
+    proj_mlp: AbstractLinear
+    proj_out: AbstractLinear
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -92,22 +103,32 @@ class SingleBlock(eqx.Module):
         return x + gate * self.proj_out(y)
 
 
-class Transformer(eqx.Module):
-    """FLUX.1's flow transformer: noisy patches and a prompt to the patches' velocity."""
+class BlockOutputs(NamedTuple):
+    """What `keep` returned for each block's output, stacked along a leading axis."""
 
-    x_embedder: Linear
-    context_embedder: Linear
+    double: PyTree
+    """Of each double block; `keep` gets the pair of image `(pixels, dim)` and text."""
+
+    single: PyTree
+    """Of each single block; `keep` gets one stream, text before image: `(tokens+pixels, dim)`."""
+
+
+class Transformer(eqx.Module):
+    """FLUX.1's flow transformer: predicts the velocity of noisy patches, given a prompt."""
+
+    x_embedder: AbstractLinear
+    context_embedder: AbstractLinear
     time_text_embed: TimeTextEmbedding
     transformer_blocks: DoubleBlock
     single_transformer_blocks: SingleBlock
     norm_out: Modulation
-    proj_out: Linear
+    proj_out: AbstractLinear
     axes_dims_rope: tuple[int, ...] = eqx.field(static=True)
     remat: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
-        """A random transformer; the blocks are stacked along a leading axis."""
+        """Makes a random transformer; the blocks are stacked along a leading axis."""
         keys = jax.random.split(key, 7)
         double = lambda key: DoubleBlock.init(cfg, key=key, dtype=dtype)
         single = lambda key: SingleBlock.init(cfg, key=key, dtype=dtype)
@@ -131,28 +152,45 @@ class Transformer(eqx.Module):
         guidance: Scalar | None,
         positions: Float[Array, "tokens+pixels 3"],
     ) -> Float[Array, "pixels channels"]:
-        """The velocity `noise - data` at `img`, in the dtype of `img`.
+        """Predicts the velocity `noise - data` at `img`, in the dtype of `img`.
 
         **Arguments:**
 
         - `img`: noisy latent patches.
-        - `txt`: T5's last hidden states; `pooled`: CLIP's pooled state. In the dtype of `img`.
+        - `txt`, `pooled`: T5's last hidden states and CLIP's pooled state, in the dtype of `img`.
         - `timestep`: in thousandths: 0 is data and 1000 is noise. At least float32.
         - `guidance`: the embedded guidance scale, where the config has `guidance_embeds`.
         - `positions`: (0, row, column) of each text token and then of each patch, for rope.
 
         **Raises:** `ValueError` where guidance is embedded and `guidance` is `None`.
         """
+        inputs = img, txt, pooled, timestep, guidance, positions
+        return self.capture(*inputs, keep=nothing)[0]
+
+    def capture(
+        self,
+        img: Float[Array, "pixels channels"],
+        txt: Float[Array, "tokens text_dim"],
+        pooled: Float[Array, " pooled_dim"],
+        timestep: Scalar,
+        guidance: Scalar | None,
+        positions: Float[Array, "tokens+pixels 3"],
+        *,
+        keep: Keep = everything,
+    ) -> tuple[Float[Array, "pixels channels"], BlockOutputs]:
+        """Does what `__call__` does, and also returns `keep(output)` of every block."""
         img = self.x_embedder(img)
         txt = self.context_embedder(txt)
         vec = self.time_text_embed(timestep, guidance, pooled)
         pe = rope(positions, self.axes_dims_rope, theta=THETA)
 
         double = lambda block, streams: block(*streams, vec, pe)
-        img, txt = fold(self.transformer_blocks, (img, txt), double, remat=self.remat)
+        blocks, remat = self.transformer_blocks, self.remat
+        (img, txt), doubles = fold(blocks, (img, txt), double, remat=remat, keep=keep)
         x = jnp.concatenate([txt, img])
         single = lambda block, x: block(x, vec, pe)
-        x = fold(self.single_transformer_blocks, x, single, remat=self.remat)
+        x, singles = fold(self.single_transformer_blocks, x, single, remat=remat, keep=keep)
 
         scale, shift = self.norm_out(vec)
-        return self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
+        velocity = self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
+        return velocity, BlockOutputs(doubles, singles)

@@ -1,3 +1,1 @@
 """Stable Diffusion 1.5, 2, 2.1 and Turbo."""
-
-from .family import StableDiffusion as StableDiffusion

@@ -2,14 +2,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._index import read_index
-from .._unet_family import SCHEDULERS
+from ..unet.model import SCHEDULERS
 
 
 def parse_index(fields: Mapping[str, Any]) -> None:
     """Reads `model_index.json`. **Raises:** `ConfigError`."""
     read_index(
         fields,
-        pipelines=("StableDiffusionPipeline",),
+        pipelines=("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
         components={
             "scheduler": SCHEDULERS,
             "text_encoder": ("CLIPTextModel",),

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...text import tiny
-from .. import _unet_tiny
+from ..unet import tiny as unet_tiny
 
 
 def files(model: str) -> Mapping[str, str]:
@@ -23,19 +23,19 @@ def files(model: str) -> Mapping[str, str]:
             "vae": ["diffusers", "AutoencoderKL"],
         },
         "scheduler/scheduler_config.json": {
-            **_unet_tiny.NOISE,
+            **unet_tiny.NOISE,
             **SCHEDULERS[model],
         },
         "text_encoder/config.json": tiny.clip_config(
             hidden_act="quick_gelu" if first else "gelu", projection_dim=24 if first else 32
         ),
         "unet/config.json": {
-            **_unet_tiny.UNET,
+            **unet_tiny.UNET,
             "attention_head_dim": 4 if first else [2, 4, 4],
             "upcast_attention": model == "sd21",
             "use_linear_projection": not first,
         },
-        "vae/config.json": {**_unet_tiny.VAE, "scaling_factor": 0.18215},
+        "vae/config.json": {**unet_tiny.VAE, "scaling_factor": 0.18215},
     }
     return {
         **{path: json.dumps(config, indent=2) for path, config in configs.items()},

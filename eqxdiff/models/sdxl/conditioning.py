@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._settings import Settings
+from .settings import SDXLSettings
 
 
 class EncodedPrompt(eqx.Module):
@@ -21,11 +21,12 @@ class EncodedPrompt(eqx.Module):
     pooled: Float[Array, " pooled"]
 
 
-def time_ids(settings: Settings, *, negative: bool) -> Float[Array, "6"]:
-    """The original size, the crop's offset and the target size, each as height and width in pixels.
+def time_ids(settings: SDXLSettings, *, negative: bool) -> Float[Array, "6"]:
+    """Returns the original size, the crop's offset and the target size, each height and width in
+    pixels.
 
-    The picture's own size, uncut, is the default, and what the negative ones are not given for is
-    as in the others.
+    The picture's own size, uncut, is the default. Each negative value is by default the positive
+    one.
 
     Source: https://arxiv.org/abs/2307.01952, section 2.2.
     """

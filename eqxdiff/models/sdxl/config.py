@@ -4,7 +4,7 @@ from typing import Any
 
 from ..._config import parse_config
 from .._index import read_index
-from .._unet_family import SCHEDULERS
+from ..unet.model import SCHEDULERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ def parse_index(fields: Mapping[str, Any]) -> PipelineConfig:
     """Reads `model_index.json`. **Raises:** `ConfigError`."""
     flags = read_index(
         fields,
-        pipelines=("StableDiffusionXLPipeline",),
+        pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
         components={
             "scheduler": SCHEDULERS,
             "text_encoder": ("CLIPTextModel",),

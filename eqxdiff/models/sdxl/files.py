@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from ...checkpoint.plan import Shape
 from ...checkpoint.table import TableFile
 from .._files import Lookalikes, PublishedFiles
-from .._unet_forms import LEFTOVERS, unet_widths
+from ..unet.forms import LEFTOVERS, unet_widths
 
 
 BASE = Lookalikes(

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...text import tiny
-from .. import _unet_tiny
+from ..unet import tiny as unet_tiny
 
 
 def files(model: str) -> Mapping[str, str]:
@@ -22,7 +22,7 @@ def files(model: str) -> Mapping[str, str]:
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },
-        "scheduler/scheduler_config.json": {**_unet_tiny.NOISE, **scheduler},
+        "scheduler/scheduler_config.json": {**unet_tiny.NOISE, **scheduler},
         "text_encoder/config.json": tiny.clip_config(
             hidden_size=12, projection_dim=12, intermediate_size=24
         ),
@@ -33,9 +33,9 @@ def files(model: str) -> Mapping[str, str]:
             intermediate_size=40,
             projection_dim=10,
         ),
-        "unet/config.json": {**_unet_tiny.UNET, **ADDED},
+        "unet/config.json": {**unet_tiny.UNET, **ADDED},
         "vae/config.json": {
-            **_unet_tiny.VAE,
+            **unet_tiny.VAE,
             "force_upcast": True,
             "sample_size": 1024,
             "scaling_factor": 0.13025,

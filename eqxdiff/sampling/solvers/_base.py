@@ -1,5 +1,4 @@
 import abc
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -7,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..._types import PRNGKey
+from ..denoiser import Denoise
 from ..schedule import Row, Schedule, X
 
 
-Denoise = Callable[[X, Row], X]
-Index = Int[Array, ""] | int
+StepIndex = Int[Array, ""] | int
 
 Noise = PRNGKey | Float[Array, "steps draws *shape"]
 """Where a stochastic solver takes its noise from: a key, or the unit noise of all steps itself."""
@@ -38,17 +37,19 @@ class AbstractSolver(eqx.Module):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: PyTree,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, PyTree]:
         """From row `index` to row `index + 1`.
 
         **Arguments:**
 
-        - `denoise`: `(x, row) -> x0`.
+        - `denoise`: `(x, row) -> x0`, for further evaluations within the step.
         - `x`: the noisy data at row `index`, in float32 or float64.
+        - `x0`: the denoised data at row `index`.
         - `state`: what the step before, or `init`, returned.
         - `schedule`: the rows.
         - `index`: which step; it may be traced.
@@ -91,12 +92,12 @@ def log_ratio(row: Row) -> Float[Array, ""]:
     return log(row.alpha) - log(row.sigma)
 
 
-def before(schedule: Schedule, index: Index, steps: int = 1) -> Row:
+def before(schedule: Schedule, index: StepIndex, steps: int = 1) -> Row:
     """The row `steps` steps ago, or the first."""
     return schedule[jnp.maximum(index - steps, 0)]
 
 
-def gaussian(key: Noise | None, index: Index, x: X, draw: int = 0) -> X:
+def gaussian(key: Noise | None, index: StepIndex, x: X, draw: int = 0) -> X:
     """The unit noise number `draw` of step `index`, of the shape and dtype of `x`.
 
     It is drawn in float32, so that a float64 run sees the same noise.

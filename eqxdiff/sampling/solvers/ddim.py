@@ -2,7 +2,7 @@ from typing import ClassVar
 
 from ..._types import Scalar
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaussian, transfer
 
 
 class DDIM(AbstractSolver):
@@ -25,12 +25,12 @@ class DDIM(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         return transfer(x, x0, at, to), None
 
@@ -57,12 +57,12 @@ class StochasticDDIM(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         noise = gaussian(key, index, x)
         return ancestral(x, x0, at, to, noise, self.eta.astype(x.dtype)), None

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, before, log_ratio, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, before, log_ratio, transfer
 
 
 class DPMpp2M(AbstractSolver):
@@ -27,25 +27,25 @@ class DPMpp2M(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: X,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, X]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         middle = extrapolate(x0, state, schedule, index, second_order(schedule, index))
         return transfer(x, middle, at, to), x0
 
 
-def second_order(schedule: Schedule, index: Index) -> Bool[Array, ""] | bool:
+def second_order(schedule: Schedule, index: StepIndex) -> Bool[Array, ""] | bool:
     """Whether the step looks back, as the first does not, nor the last into no noise."""
     last = index == schedule.steps - 1
     return (index > 0) & ~(last & ((schedule[-1].sigma == 0) | (schedule.steps < 15)))
 
 
 def extrapolate(
-    x0: X, past_x0: X, schedule: Schedule, index: Index, second: Bool[Array, ""] | bool
+    x0: X, past_x0: X, schedule: Schedule, index: StepIndex, second: Bool[Array, ""] | bool
 ) -> X:
     """The denoised data half way through a step, on the line through this one's and the last's."""
     rows = before(schedule, index), schedule[index], schedule[index + 1]

@@ -3,7 +3,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaussian
 from .dpmpp_2m import extrapolate, second_order
 
 
@@ -24,12 +24,12 @@ class DPMpp2MSDE(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: X,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, X]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         middle = extrapolate(x0, state, schedule, index, second_order(schedule, index))
         return ancestral(x, middle, at, to, gaussian(key, index, x)), x0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaussian, transfer
 
 
 class DPMppSDE(AbstractSolver):
@@ -26,12 +26,12 @@ class DPMppSDE(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         half = schedule.within(index).astype(x.dtype)
 

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 
 
 class Euler(AbstractSolver):
@@ -21,11 +21,11 @@ class Euler(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
         row = schedule[index]
-        x0 = denoise(x, row)
         return transfer(x, x0, row.astype(x.dtype), schedule[index + 1].astype(x.dtype)), None

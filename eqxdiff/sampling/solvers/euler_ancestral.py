@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, ancestral, gaussian
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaussian
 
 
 class EulerAncestral(AbstractSolver):
@@ -23,11 +23,11 @@ class EulerAncestral(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         return ancestral(x, x0, at, to, gaussian(key, index, x)), None

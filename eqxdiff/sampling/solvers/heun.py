@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 
 
 class Heun(AbstractSolver):
@@ -32,9 +32,10 @@ class Heun(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
@@ -42,7 +43,6 @@ class Heun(AbstractSolver):
         def scale(row):
             return row.alpha + row.sigma if self.straight else row.alpha
 
-        x0 = denoise(x, schedule[index])
         euler = transfer(x, x0, at, to)
         corrected = (to.sigma > 0) & (scale(at) > 0)
 

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 from ..schedule import Schedule, add_noise
-from ._base import AbstractSolver, Denoise, Index, Noise, X, gaussian
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, gaussian
 
 
 class LCM(AbstractSolver):
@@ -23,13 +23,14 @@ class LCM(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
         time = 10 * schedule[index].timestep.astype(x.dtype)
         skip = 0.25 / (time**2 + 0.25)
         out = time / (time**2 + 0.25) ** 0.5
-        data = skip * x + out * denoise(x, schedule[index])
+        data = skip * x + out * x0
         return add_noise(data, gaussian(key, index, x), schedule[index + 1]), None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, before, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, before, transfer
 
 
 class LMS(AbstractSolver):
@@ -31,12 +31,12 @@ class LMS(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: Float[Array, "3 *shape"],
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, Float[Array, "3 *shape"]]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         eps = (x - at.alpha * x0) / at.sigma
         slopes = jnp.concatenate([(eps - x0 if self.straight else eps)[None], state])

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..schedule import Row, Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 
 
 _ADAMS_BASHFORTH = np.array(
@@ -38,13 +38,13 @@ class PNDM(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: Float[Array, "3 *shape"],
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, Float[Array, "3 *shape"]]:
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
-        x0 = denoise(x, schedule[index])
         euler = transfer(x, x0, at, to)
         known = jnp.concatenate([_noise(x, x0, at)[None], state])
 

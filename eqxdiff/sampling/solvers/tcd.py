@@ -3,7 +3,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, gaussian, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, gaussian, transfer
 
 
 class TCD(AbstractSolver):
@@ -26,12 +26,12 @@ class TCD(AbstractSolver):
         self,
         denoise: Denoise,
         x: X,
+        x0: X,
         state: None,
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, None]:
-        x0 = denoise(x, schedule[index])
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         within = schedule.within(index).astype(x.dtype)
         ratio = to.alpha / within.alpha

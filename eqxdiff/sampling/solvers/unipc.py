@@ -4,15 +4,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..schedule import Schedule
-from ._base import AbstractSolver, Denoise, Index, Noise, X, before, log_ratio, transfer
+from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, before, log_ratio, transfer
 from .dpmpp_2m import extrapolate
 
 
 class UniPC(AbstractSolver):
     """UniPC-2: DPM-Solver++(2M), and each step corrected by what the next one sees.
 
-    The correction takes no call of the network of its own. The state is x before the last step, and
-    the denoised data of the last two steps.
+    The correction takes no call of the network of its own. The state is x before the last step, x
+    after it, and the denoised data of the last two steps.
+
+    A change that a hook makes to x between steps is kept. diffusers corrects from the x before the
+    step and so loses it.
 
     Source: https://arxiv.org/abs/2302.04867, algorithms 5 and 7 with B(h) of the second kind;
     diffusers' UniPCMultistepScheduler of order 2 with `solver_type="bh2"`.
@@ -21,20 +24,20 @@ class UniPC(AbstractSolver):
     requires_key: ClassVar[bool] = False
     evaluations: ClassVar[int] = 1
 
-    def init(self, x: X, schedule: Schedule) -> tuple[X, X, X]:
-        return x, jnp.zeros_like(x), jnp.zeros_like(x)
+    def init(self, x: X, schedule: Schedule) -> tuple[X, X, X, X]:
+        return x, x, jnp.zeros_like(x), jnp.zeros_like(x)
 
     def step(
         self,
         denoise: Denoise,
         x: X,
-        state: tuple[X, X, X],
+        x0: X,
+        state: tuple[X, X, X, X],
         schedule: Schedule,
-        index: Index,
+        index: StepIndex,
         key: Noise | None,
-    ) -> tuple[X, tuple[X, X, X]]:
-        x0 = denoise(x, schedule[index])
-        past_x, past_x0, older_x0 = state
+    ) -> tuple[X, tuple[X, X, X, X]]:
+        past_x, predicted, past_x0, older_x0 = state
         at, to = schedule[index].astype(x.dtype), schedule[index + 1].astype(x.dtype)
         past, older = (before(schedule, index, k).astype(x.dtype) for k in (1, 2))
 
@@ -47,12 +50,13 @@ class UniPC(AbstractSolver):
         slope = jnp.where(second, mean - curve, 0.5)
         bend = curve * growth * (past_x0 - older_x0)
         corrected = transfer(past_x, past_x0 + bend + slope * (x0 - past_x0), past, at)
-        x = jnp.where(index > 0, corrected, x)
+        x = jnp.where(index > 0, corrected + (x - predicted), x)
 
         # Predict the next.
         second = (index > 0) & (index < schedule.steps - 1)
         middle = extrapolate(x0, past_x0, schedule, index, second)
-        return transfer(x, middle, at, to), (x, x0, past_x0)
+        predicted = transfer(x, middle, at, to)
+        return predicted, (x, predicted, x0, past_x0)
 
 
 def _moments(h: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -3,7 +3,7 @@
 What a stream is projected to is `"hidden"`, the stream itself `"embed"`.
 """
 
-from ..sharding import Rule
+from ...sharding import Rule
 
 
 UNET: tuple[Rule, ...] = (

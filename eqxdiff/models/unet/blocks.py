@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from .._types import PRNGKey
-from ..kernels import attention
-from ..nn import (
+from ..._types import PRNGKey
+from ...kernels import attention
+from ...nn import (
     Conv2d,
     Downsample2D,
     GroupNorm,
@@ -22,7 +22,7 @@ from ..nn import (
     gelu_erf,
     stack,
 )
-from ._unet_config import UNetConfig
+from .config import UNetConfig
 
 
 LAYER_NORM_EPS = 1e-5

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from .._types import PRNGKey, Scalar
-from ..nn import Conv2d, EmbeddingMLP, GroupNorm, Linear, silu, sinusoid
-from ._unet_blocks import DownBlock, MidBlock, UpBlock
-from ._unet_config import UNetConfig
+from ..._types import PRNGKey, Scalar
+from ...nn import Conv2d, EmbeddingMLP, GroupNorm, Linear, silu, sinusoid
+from .blocks import DownBlock, MidBlock, UpBlock
+from .config import UNetConfig
 
 
 def embed(cfg: UNetConfig, t: Scalar, dim: int) -> Float[Array, " dim"]:

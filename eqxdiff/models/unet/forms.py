@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from ..checkpoint.form import Form
-from ..checkpoint.plan import Shape
-from ..checkpoint.table import TableFile
+from ...checkpoint.form import Form
+from ...checkpoint.plan import Shape
+from ...checkpoint.table import TableFile
 
 
 UNET = (

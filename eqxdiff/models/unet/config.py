@@ -2,7 +2,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .._config import parse_config
+from ..._config import parse_config
 
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from .._config import parse_config
-from .._dtypes import at_least_float32
-from .._types import PRNGKey, Scalar
-from ..nn import Conv2d, EmbeddingMLP, silu
-from ._unet import (
+from ..._config import parse_config
+from ..._dtypes import at_least_float32
+from ..._types import PRNGKey, Scalar
+from ...nn import Conv2d, EmbeddingMLP, silu
+from .blocks import DownBlock, MidBlock
+from .config import IGNORED, SUPPORTED, UNetConfig
+from .network import (
     AddedConditioning,
     Residuals,
     TimeEmbedding,
@@ -25,8 +27,6 @@ from ._unet import (
     init_added,
     skip_channels,
 )
-from ._unet_blocks import DownBlock, MidBlock
-from ._unet_config import IGNORED, SUPPORTED, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)

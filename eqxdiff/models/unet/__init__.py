@@ -1,0 +1,1 @@
+"""The text-conditional UNet, its ControlNets, and what the families around them share."""

@@ -1,0 +1,181 @@
+"""The loop over the steps: an iterator, and the same step scanned."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, DTypeLike, Float, PyTree
+
+from .._dtypes import float32_products
+from .._errors import SettingError
+from ..models import AbstractModel, Modules
+from ..sampling import Hook, Row, State, begin, sample, step
+from ..sampling.sample import Remat
+from ..sharding import BATCH_AXES, shard_batch
+from .batch import Example
+from .blueprint import Blueprint
+from .pipeline import Pipeline
+
+
+class Step(NamedTuple):
+    """One step of a batch, as `steps` yields it.
+
+    `x` is given away to the next step: who wants to keep it copies it before.
+    """
+
+    number: int
+    """How many steps came before."""
+
+    row: Row
+    """The noise level that the step began at, for each picture."""
+
+    x: Float[Array, "n h w c"]
+    """The latents after the step."""
+
+    x0: Float[Array, "n h w c"]
+    """The denoised latents that the step began with: what to show meanwhile."""
+
+
+def steps(
+    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+) -> Iterator[Step]:
+    """Yields the steps of a batch: progress, previews and cancelling are the caller's `for`.
+
+    Each step is one call of one compiled program with a traced index.
+
+    **Arguments:**
+
+    - `modules`: those of the denoiser's stage.
+    - `batch`: from `stack_examples`.
+    - `hooks`: shared by all pictures.
+    """
+    loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
+    x, state = _begin(loop)
+    for index in range(batch.recipe.schedule.alpha.shape[-1] - 1):
+        x, x0, row, state = _step((loop, jnp.asarray(index)), x, state)
+        yield Step(index, row, x, x0)
+
+
+class Loop(eqx.Module):
+    """What stays the same from step to step."""
+
+    modules: Modules
+    batch: Example
+    hooks: tuple[Hook, ...]
+    blueprint: Blueprint = eqx.field(static=True)
+
+    def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Maps a function of a denoiser, an example and more over the batch."""
+        blueprint = self.blueprint
+        model, dtype = blueprint.model, blueprint.compute_dtype
+
+        def one(example: Example, *more: Any) -> PyTree:
+            with float32_products(dtype):
+                denoiser = example.denoiser(model, self.modules, dtype)
+                return function(denoiser, example, *more)
+
+        return over_batch(one, blueprint.mesh)
+
+
+@eqx.filter_jit
+def _begin(loop: Loop) -> tuple[Array, State]:
+    def one(denoiser, example):
+        x, recipe = example.start(), example.recipe
+        return x, begin(denoiser, x, recipe.schedule, recipe.solver)
+
+    return loop.map(one)(loop.batch)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _step(
+    fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
+) -> tuple[Array, Array, Row, State]:
+    loop, index = fixed
+
+    def one(denoiser, example, x, state):
+        schedule, solver = example.recipe.schedule, example.recipe.solver
+        hooks = example.hooks(loop.hooks)
+        x, x0, state = step(denoiser, x, state, schedule, index, solver, example.key, hooks)
+        return x, x0, schedule[index], state
+
+    return loop.map(one)(loop.batch, x, state)
+
+
+def sample_latent(
+    pipe: Pipeline, example: Example, *, hooks: Sequence[Hook] = (), remat: Remat = "none"
+) -> Float[Array, "h w c"]:
+    """Samples the latent of one picture: pure, differentiable, all steps in one program.
+
+    Batches and sweeps come by `jax.vmap` over anything in the example.
+
+    **Arguments:**
+
+    - `pipe`: with the denoiser's stage.
+    - `example`: from `prepare`.
+    - `hooks`, `remat`: as of `eqxdiff.sample`.
+    """
+    blueprint, recipe = pipe.blueprint, example.recipe
+    dtype = blueprint.compute_dtype
+    with float32_products(dtype):
+        denoiser = example.denoiser(blueprint.model, pipe.stage("denoiser"), dtype)
+        return sample(
+            denoiser,
+            example.start(),
+            recipe.schedule,
+            recipe.solver,
+            key=example.key,
+            hooks=example.hooks(hooks),
+            remat=remat,
+        )
+
+
+def decode(
+    pipe: Pipeline, latent: Float[Array, "h w c"], *, tiled: bool = False
+) -> Float[Array, "H W 3"]:
+    """Decodes one latent to a picture from 0 to 1: pure and differentiable.
+
+    **Arguments:**
+
+    - `pipe`: with the autoencoder's stage.
+    """
+    blueprint = pipe.blueprint
+    with float32_products(blueprint.compute_dtype):
+        return blueprint.model.to_image(
+            pipe.stage("vae"), latent, blueprint.compute_dtype, tiled=tiled
+        )
+
+
+@eqx.filter_jit
+def decode_batch(
+    model: AbstractModel,
+    modules: Modules,
+    latents: Float[Array, "n h w c"],
+    dtype: DTypeLike,
+    tiled: bool,
+    mesh: Mesh | None,
+) -> Float[Array, "n H W 3"]:
+    """Decodes a batch of latents."""
+
+    def one(latent):
+        with float32_products(dtype):
+            return model.to_image(modules, latent, dtype, tiled=tiled)
+
+    return over_batch(one, mesh)(latents)
+
+
+def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
+    """Maps over a batch that is split over the mesh; without the names XLA would gather it."""
+    return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
+
+
+def check_divides(mesh: Mesh, batch_size: int) -> None:
+    """**Raises:** `SettingError` where a batch cannot be split over the mesh."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise SettingError(
+            f"`batch_size` {batch_size} cannot be split over {ways} devices: use a multiple."
+        )
