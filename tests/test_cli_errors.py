@@ -508,7 +508,10 @@ def test_a_full_disk_is_told_by_a_real_process(dev, tmp_path):
 def test_a_signal_ends_a_real_process_cleanly(dev, tmp_path, number, status):
     argv = ["generate", "flux-dev", "--weights", dev, *SMALL, "-p", "x", "--steps", 500]
     cache = {**os.environ, "XDG_CACHE_HOME": str(tmp_path.parent / "cache")}
-    with process(*argv, "--json", "-o", "new/x.png", cwd=tmp_path, env=cache) as run:
+    # A shell's background job is told to ignore SIGINT, and so would be what it starts.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    options = {"prelude": heed, "cwd": tmp_path, "env": cache}
+    with process(*argv, "--json", "-o", "new/x.png", **options) as run:
         for line in run.stderr:
             if '"sampling", "done": 3' in line:
                 break

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
+from helpers import FIXTURES, compiled_fast, fake_tensor, read_manifest, relative_error
 from test_unet import (
     LATER,
     PUBLISHED,
@@ -18,7 +18,6 @@ from test_unet import (
     added_of,
     apply,
     assert_agrees,
-    jit,
     load_unet,
     parse,
     read_inputs,
@@ -60,6 +59,13 @@ def reference():
     return read_reference()
 
 
+@pytest.fixture
+def level(kind):
+    """SD 1.5 is compiled as users compile it, and the others in less time."""
+    with compiled_fast(kind != "sd1"):
+        yield
+
+
 @cache
 def skeleton(config: ControlNetConfig) -> ControlNet:
     return eqx.filter_eval_shape(lambda: ControlNet.init(config, key=jax.random.key(0)))
@@ -79,7 +85,7 @@ def controlnet(kind: str, name: str) -> ControlNet:
     return load_module(InMemory(tensors), table, skeleton(config))
 
 
-@jit
+@eqx.filter_jit
 def residuals(model: ControlNet, inputs, image, scale, guess=False):
     x, context = inputs["x"], inputs["context"]
     added = added_of(inputs)
@@ -98,14 +104,14 @@ def flat(tree):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["plain", "guess"])
-def test_residuals_agree_with_diffusers(reference, kind, mode):
+def test_residuals_agree_with_diffusers(level, reference, kind, mode):
     ours = flat(run(reference, kind, "edges", guess=mode == "guess"))
     assert_agrees(ours, reference, f"{kind}/{mode}/residuals")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("names", [("edges",), ("edges", "depth")], ids=len)
-def test_a_controlled_unet_agrees_with_diffusers(reference, kind, names):
+def test_a_controlled_unet_agrees_with_diffusers(level, reference, kind, names):
     """With one, and with two, of which the second was trained on BGR."""
     unet = load_unet(parse(reference[f"{kind}/unet"]))
     control = _controlnet.sum_residuals([run(reference, kind, name) for name in names])
@@ -129,10 +135,10 @@ def test_a_scale_of_zero_is_off(reference):
     assert not jnp.any(flat(off))
 
 
-def test_a_new_controlnet_changes_nothing():
+def test_a_new_controlnet_changes_nothing(fast):
     """Its last convolutions are zero."""
 
-    @jit
+    @eqx.filter_jit
     def last(config):
         model = ControlNet.init(config, key=jax.random.key(0))
         return model.controlnet_down_blocks, model.controlnet_mid_block
@@ -140,10 +146,10 @@ def test_a_new_controlnet_changes_nothing():
     assert not jnp.any(flat(last(controlnet("sd1", "edges").config)))
 
 
-def test_gradients_reach_every_weight(reference):
+def test_gradients_reach_every_weight(fast, reference):
     inputs = read_inputs(reference, "sd1")
 
-    @jit
+    @eqx.filter_jit
     @eqx.filter_grad
     def grad(model, inputs):
         x, context, image = inputs["x"], inputs["context"], inputs["image/edges"]

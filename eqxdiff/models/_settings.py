@@ -73,8 +73,12 @@ class Settings:
     steps: int = setting(
         "Denoising steps.", "Sampling", default=1, low=1, high=1000, flags=("num_inference_steps",)
     )
-    height: int = setting("Height of the picture, in pixels.", "Picture", default=1024, low=1)
-    width: int = setting("Width of the picture, in pixels.", "Picture", default=1024, low=1)
+    height: int = setting(
+        "Height of the picture, in pixels.", "Picture", default=1024, low=1, flags=("H",)
+    )
+    width: int = setting(
+        "Width of the picture, in pixels.", "Picture", default=1024, low=1, flags=("W",)
+    )
     strength: float | None = setting(
         "How much of the input picture is made anew, from 0 to 1: 1 ignores it.",
         "Picture",

@@ -1,13 +1,11 @@
 """The pipelines of Stable Diffusion against diffusers, stage by stage, from the same noise."""
 
-import contextlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from helpers import FIXTURES, fake_noise, relative_error
 from sd_files import CASES, picture, write_case
 
@@ -50,29 +48,35 @@ def noise_of(case: dict) -> np.ndarray:
     return fake_noise(len(case["prompts"]), 4, case["height"] // 8, case["width"] // 8)
 
 
-@cache
-def fast(function):
-    """Compiled with less optimising, which would take most of the time of these tests."""
-    return eqx.filter_jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@contextlib.contextmanager
-def compiled_fast(*, sampling: bool = True):
-    """Within it, pipelines are compiled sooner. It gives a list that the latents, (n, c, h, w), are
-    added to after each step. Without sampling the noise is what is decoded."""
-    latents, names = [], ("_encode", "_start", "_step", "_decode")
-    functions = {name: fast(getattr(pipeline, name).__wrapped__) for name in names}
-
-    def step(fixed, x, state):
-        if sampling:
-            x, state = functions["_step"](fixed, x, state)
+def sample(pipe: eqxdiff.Pipeline, encoded: eqxdiff.Encoded, case: dict) -> list[np.ndarray]:
+    """Runs the programs that `generate` runs, and returns the latents, (n, c, h, w), after each
+    step."""
+    plan = pipe.blueprint
+    family, configs, settings = plan.family, plan.configs, plan.resolve(given(case))
+    schedule, unconditional = family.schedule(configs, settings), encoded.unconditional
+    condition = partial(family.condition, settings)
+    if unconditional is not None:
+        unconditional = condition(unconditional, negative=True)
+    sampler = pipeline.Sampler(
+        pipe.stage("denoiser"),
+        unconditional,
+        family.guidance(configs, settings),
+        tuple(control.resolve(settings, schedule) for control in controls_of(case)),
+        schedule,
+        family.solver(configs, settings),
+        family.parameterization(configs, settings),
+        family,
+        plan.compute_dtype,
+        plan.mesh,
+    )
+    conditional = jax.vmap(partial(condition, negative=False))(encoded.conditional)
+    x, latents = jnp.asarray(noise_of(case)).transpose(0, 2, 3, 1), []
+    keys = pipeline._keys(range(len(x)))
+    x, state = pipeline._start(sampler, x)
+    for index in range(schedule.steps):
+        x, state = pipeline._step((sampler, conditional, keys, jnp.asarray(index)), x, state)
         latents.append(np.asarray(x).transpose(0, 3, 1, 2))
-        return x, state
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in {**functions, "_step": step}.items():
-            patch.setattr(pipeline, name, function)
-        yield latents
+    return latents
 
 
 def assert_agrees(value, name: str, floor: float, factor: float) -> None:
@@ -92,8 +96,7 @@ def loaded(name: str, root: Path) -> eqxdiff.Pipeline:
 def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     """What the network is told of the prompt."""
     case = CASES[name]
-    with compiled_fast():
-        encoded = loaded(name, root).encode(case["prompts"], **given(case))
+    encoded = loaded(name, root).encode(case["prompts"], **given(case))
     conditional = encoded.conditional
     pooled = f"{name}/pooled" in read_reference()
     assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
@@ -102,47 +105,34 @@ def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     return encoded
 
 
-def check_latents(name: str, root: Path) -> None:
+def check_latents(name: str, root: Path) -> eqxdiff.Encoded:
     """The prompt, and the latents after the first step and the last."""
-    case, encoded, pipe = CASES[name], check_prompt(name, root), loaded(name, root)
-    with compiled_fast() as latents:
-        pictures = pipeline.generate_each(
-            pipe,
-            encoded,
-            pipe.blueprint.resolve(given(case)),
-            noise=noise_of(case),
-            batch_size=len(case["prompts"]),
-            controls=controls_of(case),
-            decode=False,
-        )
-        final = np.stack([picture.latent for picture in pictures])
+    case, encoded = CASES[name], check_prompt(name, root)
+    latents = sample(loaded(name, root), encoded, case)
     assert len(latents) == case["steps"]
     assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
-    assert_agrees(final, f"{name}/final", 2e-5, 10)
+    assert_agrees(latents[-1], f"{name}/final", 2e-5, 10)
+    return encoded
 
 
 def check_picture(name: str, root: Path) -> None:
     """What the recorded latents are decoded to, in 8 bits."""
     latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
-    with compiled_fast():
-        arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
+    arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
     check_bytes(name, pipeline.to_bytes(np.asarray(arrays)))
 
 
 def check_case(name: str, root: Path) -> None:
-    """All in one call of `generate`."""
-    case = CASES[name]
-    check_prompt(name, root)
-    with compiled_fast() as latents:
-        result = eqxdiff.generate(
-            loaded(name, root),
-            case["prompts"],
-            noise=noise_of(case),
-            batch_size=len(case["prompts"]),
-            controls=controls_of(case),
-            **given(case),
-        )
-    assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
+    """All stages, and then all in one call of `generate`."""
+    case, encoded = CASES[name], check_latents(name, root)
+    result = eqxdiff.generate(
+        loaded(name, root),
+        encoded,
+        noise=noise_of(case),
+        batch_size=len(case["prompts"]),
+        controls=controls_of(case),
+        **given(case),
+    )
     assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
     check_bytes(name, np.stack([np.asarray(image) for image in result.images]))
 
