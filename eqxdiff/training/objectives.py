@@ -40,7 +40,7 @@ class DenoiserObjective(eqx.Module):
     def __call__(
         self,
         modules: Modules,
-        batch: tuple[Float[Array, "n h w c"], PyTree[Int[Array, "n tokens"]]],
+        batch: tuple[Float[Array, "n h w c"], PyTree[Int[Array, "n _"]]],
         keys: Key[Array, " n"],
     ) -> tuple[Scalar, Metrics]:
         def one(latent: Array, tokens: PyTree, key: Array) -> Scalar:
