@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import eqxdiff
-from eqxdiff.models import FAMILIES
 
 
 PACKAGE = Path(eqxdiff.__file__).parent
@@ -38,10 +37,10 @@ RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "nump
 RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer"}
 
 # Files that import each other until the command line is taken apart.
-CIRCLES = {frozenset({"eqxdiff.cli.generate", "eqxdiff.cli.job"})}
+CIRCLES: set[frozenset[str]] = set()
 
 # Classes that share a name until their owners rename them.
-TWINS = {"Example"}
+TWINS: set[str] = set()
 
 
 def imports(path: Path):
@@ -137,19 +136,6 @@ def test_no_two_classes_share_a_name():
     assert not {name: where for name, where in twins.items() if name not in TWINS}
 
 
-def test_the_rooms_of_files_name_no_family():
-    """Nor a model, a component's folder or a table: the families tell them these."""
-    words = {"controlnet"}
-    for family in FAMILIES:
-        forms = [form.table for part in family.components.values() for form in part.forms]
-        words |= {*family.presets, *family.components, *forms}
-    for name in INNER:
-        if room(name) in ("tensors", "checkpoint", "hub", "convert"):
-            tree = ast.parse(FILES[name].read_text())
-            texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-            assert not words & texts, name
-
-
 @pytest.mark.parametrize("name", INNER)
 def test_nothing_heavy_is_imported(name):
     for level, module, _ in imports(FILES[name]):
@@ -158,7 +144,7 @@ def test_nothing_heavy_is_imported(name):
 
 
 def test_sampling_knows_no_model_and_networks_know_no_sampler():
-    networks = ("network", "layers", "blocks", "controlnet")
+    networks = ("network", "layers", "_unet", "_controlnet", "conditioning")
     for name in INNER:
         if room(name) == "models" and name.split(".")[-1] in networks:
             assert not any(room(target) == "sampling" for target in imported(name)), name

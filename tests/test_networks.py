@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxdiff.models._controlnet import ControlNet, ControlNetConfig
-from eqxdiff.models._unet import AddedConditioning, UNet
-from eqxdiff.models._unet_config import UNetConfig
 from helpers import fake_module, relative_error
 
 import eqxdiff
 from eqxdiff.models.flux1 import Transformer, TransformerConfig
 from eqxdiff.models.flux1.layers import modulate
+from eqxdiff.models.unet.config import UNetConfig
+from eqxdiff.models.unet.controlnet import ControlNet, ControlNetConfig
+from eqxdiff.models.unet.network import AddedConditioning, UNet
 from eqxdiff.nn import (
     AbstractConv2d,
     AbstractLinear,

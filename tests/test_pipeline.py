@@ -67,6 +67,13 @@ def test_image_k_starts_from_the_noise_of_seed_plus_k():
     assert jnp.array_equal(spread(), alone)
 
 
+def test_a_request_starts_from_the_noise_of_its_seed(pipe):
+    example = eqxdiff.prepare(pipe, "a cat", seed=3, **SMALL)
+    key = jax.random.key(3, impl="threefry2x32")
+    noise = jax.random.normal(key, (4, 4, 6), jnp.float32)
+    assert jnp.array_equal(example.noise, noise.transpose(1, 2, 0))
+
+
 def test_batches_change_no_picture(pipe, picture):
     """Six images in calls of four: the last call is padded, and nothing new is compiled for it."""
     settings = {**SMALL, "seed": 2, "num_images": 3, "batch_size": 4}
@@ -147,18 +154,18 @@ def test_a_mesh_changes_no_picture(folder, picture):
     [
         ({"height": 40}, "height 40 is not a multiple of 16: use 32 or 48"),
         ({"width": 0}, "width 0 is not a multiple of 16: use 16"),
-        ({"steps": 0}, "--steps 0 is out of range"),
-        ({"steps": 2.5}, "--steps 2.5 is not of type int"),
-        ({"guidance": "3"}, "--guidance '3' is not of type float"),
-        ({"negative_prompt": "grey"}, "would ignore --negative-prompt"),
-        ({"negative_prompt": "grey", "cfg": 1.0}, "give --cfg above 1"),
-        ({"shift": -1.0}, "--shift -1.0 is out of range"),
+        ({"steps": 0}, "`steps` 0 is out of range"),
+        ({"steps": 2.5}, "`steps` 2.5 is not of type int"),
+        ({"guidance": "3"}, "`guidance` '3' is not of type float"),
+        ({"negative_prompt": "grey"}, "would ignore `negative_prompt`"),
+        ({"negative_prompt": "grey", "cfg": 1.0}, "give `cfg` above 1"),
+        ({"shift": -1.0}, "`shift` -1.0 is out of range"),
         ({"shift": float("nan")}, "not a finite number"),
         ({"max_sequence_length": 513}, "from 1 to 512"),
-        ({"step": 3}, "Did you mean steps"),
-        ({"seed": -1}, "--seed -1"),
-        ({"num_images": 0}, "--num-images 0"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"step": 3}, "Did you mean `steps`"),
+        ({"seed": -1}, "`seed` -1"),
+        ({"num_images": 0}, "`num_images` 0"),
+        ({"batch_size": 0}, "`batch_size` 0"),
         ({"sampler": "oiler"}, "[Ee]uler"),
     ],
     ids=str,

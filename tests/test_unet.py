@@ -260,8 +260,8 @@ def test_gradients_reach_every_weight_and_the_prompt(fast, reference):
 
     kept = leaf_paths(grad((unet("lcm"), inputs["context"]), inputs))
     for path, leaf in kept.items():
-        assert jnp.all(jnp.isfinite(leaf)), path
-        assert jnp.max(jnp.abs(leaf)) > 1e-4, path
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-4, path
     recomputing = dataclasses.replace(unet("lcm"), remat=True)
     for path, leaf in leaf_paths(grad((recomputing, inputs["context"]), inputs)).items():
         assert relative_error(leaf, kept[path]) < 1e-5, path

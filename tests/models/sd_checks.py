@@ -1,16 +1,16 @@
 """The pipelines of Stable Diffusion against diffusers, stage by stage, from the same noise."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import FIXTURES, fake_noise, relative_error
 from sd_files import CASES, picture, write_case
 
 import eqxdiff
-from eqxdiff import pipeline
+from eqxdiff.pipeline import expand, share, stack_examples, to_bytes
+from eqxdiff.pipeline.sample import decode_batch
 
 
 OTHERS = ("gain", "model", "prompts", "others", "controls", "scheduler", "reference")
@@ -48,35 +48,18 @@ def noise_of(case: dict) -> np.ndarray:
     return fake_noise(len(case["prompts"]), 4, case["height"] // 8, case["width"] // 8)
 
 
+def requests_of(encoded: eqxdiff.Encoded, case: dict) -> list[eqxdiff.Request]:
+    noise, controls = noise_of(case), controls_of(case)
+    requests = expand(encoded, seed=0, num_images=1, given=given(case), controls=controls)
+    return share(requests, "noise", noise, noise.shape[1:])
+
+
 def sample(pipe: eqxdiff.Pipeline, encoded: eqxdiff.Encoded, case: dict) -> list[np.ndarray]:
-    """Runs the programs that `generate` runs, and returns the latents, (n, c, h, w), after each
-    step."""
-    plan = pipe.blueprint
-    family, configs, settings = plan.family, plan.configs, plan.resolve(given(case))
-    schedule, unconditional = family.schedule(configs, settings), encoded.unconditional
-    condition = partial(family.condition, settings)
-    if unconditional is not None:
-        unconditional = condition(unconditional, negative=True)
-    sampler = pipeline.Sampler(
-        pipe.stage("denoiser"),
-        unconditional,
-        family.guidance(configs, settings),
-        tuple(control.resolve(settings, schedule) for control in controls_of(case)),
-        schedule,
-        family.solver(configs, settings),
-        family.parameterization(configs, settings),
-        family,
-        plan.compute_dtype,
-        plan.mesh,
-    )
-    conditional = jax.vmap(partial(condition, negative=False))(encoded.conditional)
-    x, latents = jnp.asarray(noise_of(case)).transpose(0, 2, 3, 1), []
-    keys = pipeline._keys(range(len(x)))
-    x, state = pipeline._start(sampler, x)
-    for index in range(schedule.steps):
-        x, state = pipeline._step((sampler, conditional, keys, jnp.asarray(index)), x, state)
-        latents.append(np.asarray(x).transpose(0, 3, 1, 2))
-    return latents
+    """The latents, (n, c, h, w), after each step."""
+    requests = requests_of(encoded, case)
+    batch = stack_examples([eqxdiff.prepare(pipe, each) for each in requests], len(requests))
+    steps = eqxdiff.steps(pipe.blueprint, pipe.stage("denoiser"), batch)
+    return [np.asarray(step.x).transpose(0, 3, 1, 2) for step in steps]
 
 
 def assert_agrees(value, name: str, floor: float, factor: float) -> None:
@@ -97,11 +80,11 @@ def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     """What the network is told of the prompt."""
     case = CASES[name]
     encoded = loaded(name, root).encode(case["prompts"], **given(case))
-    conditional = encoded.conditional
+    said = encoded.roles["prompt"]
     pooled = f"{name}/pooled" in read_reference()
-    assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
+    assert_agrees(said.context if pooled else said, f"{name}/context", 5e-6, 5)
     if pooled:
-        assert_agrees(conditional.pooled, f"{name}/pooled", 5e-6, 5)
+        assert_agrees(said.pooled, f"{name}/pooled", 5e-6, 5)
     return encoded
 
 
@@ -118,8 +101,10 @@ def check_latents(name: str, root: Path) -> eqxdiff.Encoded:
 def check_picture(name: str, root: Path) -> None:
     """What the recorded latents are decoded to, in 8 bits."""
     latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
-    arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
-    check_bytes(name, pipeline.to_bytes(np.asarray(arrays)))
+    pipe = loaded(name, root)
+    model, modules = pipe.blueprint.model, pipe.stage("vae")
+    arrays = decode_batch(model, modules, latents, jnp.float32, False, None)
+    check_bytes(name, to_bytes(np.asarray(arrays)))
 
 
 def check_case(name: str, root: Path) -> None:

@@ -82,8 +82,14 @@ def published(model: str) -> dict[str, dict]:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_published_configs_agree(model):
     family, preset = find_model(model)
-    configs = {n: c.parse(published(model)[n]) for n, c in family.components.items()}
-    family.check(configs)
+    configs: dict = {n: c.parse(published(model)[n]) for n, c in family.components.items()}
+    files = family.example(model)
+    read = lambda path: json.loads(files[path])
+    configs["pipeline"] = family.parse_index(read("model_index.json"))
+    configs["scheduler"] = family.parse_scheduler(read("scheduler/scheduler_config.json"))
+    bound = family.bind(model, preset.defaults, configs)
+    assert bound.name == model
+    assert not bound.inpaints
     if preset.controls:
         assert family.controlnet is not None
         family.control_config(configs, published(model)["controlnet"])

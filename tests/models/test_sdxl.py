@@ -4,7 +4,6 @@ special."""
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from sd_checks import (
 )
 
 import eqxdiff
-from eqxdiff import pipeline
+from eqxdiff.vae import AutoencoderKL
 
 
 NAMES = [name for name, case in CASES.items() if case["model"].startswith("sdxl")]
@@ -100,7 +99,7 @@ def test_nothing_recompiles_for_what_is_controlled(root):
 @pytest.mark.parametrize("force", [True, False])
 def test_an_autoencoder_that_asks_for_float32_has_it(force, root, monkeypatch):
     """Whatever the rest computes in."""
-    name, dtypes, decode = "lightning-1", [], pipeline.AutoencoderKL.decode
+    name, dtypes, decode = "lightning-1", [], AutoencoderKL.decode
     path = root / name / "model" / "vae" / "config.json"
     load(name, root)  # writes it
     text = path.read_text()
@@ -112,7 +111,7 @@ def test_an_autoencoder_that_asks_for_float32_has_it(force, root, monkeypatch):
         dtypes.append(latent.dtype)
         return decode(vae, latent)
 
-    monkeypatch.setattr(pipeline.AutoencoderKL, "decode", spy)
+    monkeypatch.setattr(AutoencoderKL, "decode", spy)
     result = generate(pipe, {**CASES[name], "width": 32})
     assert dtypes == [jnp.float32 if force else jnp.bfloat16]
     assert result.arrays.dtype == np.float32
@@ -123,9 +122,10 @@ def test_an_absent_negative_prompt_is_what_the_checkpoint_says(root):
     case = CASES["sdxl-zeros"]
 
     def unconditional(text):
+        given_ = {**given(case), "negative_prompt": text}
         with compiled_fast():
-            encoded = load("sdxl-zeros", root).encode("a", **given(case), negative_prompt=text)
-        return jax.tree.leaves(encoded.unconditional)
+            conditions = eqxdiff.prepare(load("sdxl-zeros", root), "a", **given_).conditions
+        return conditions.context[1], conditions.added.text_embeds[1]
 
     assert not any(leaf.any() for leaf in unconditional(None))
     empty = unconditional("")
