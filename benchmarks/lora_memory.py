@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from eqxdiff.checkpoint.safetensors import SafetensorsFile
 from load_memory import TABLE, Net, make, status
 
-from eqxdiff.checkpoint import TensorInfo, export_infos, load_module
+from eqxdiff.checkpoint import export_infos, load_module
 from eqxdiff.checkpoint.save import write_tensors
 from eqxdiff.lora import Merger, fit, load as load_adapter
+from eqxdiff.tensors import SafetensorsFile, TensorInfo
 
 
 RANK = 64

@@ -36,6 +36,7 @@ def inspect(
 ) -> None:
     """Shows a LoRA's format, kinds, ranks, alphas and targets, and the model that it is for."""
     from eqxdiff.lora import load
+    from eqxdiff.tensors import printable
 
     facts = describe(load(file, revision=revision))
     if as_json:
@@ -45,18 +46,20 @@ def inspect(
         value = facts[name]
         if isinstance(value, dict):
             value = ", ".join(f"{key} ({count})" for key, count in value.items()) or "none"
-        print(f"{name:<8} {value}")
+        print(printable(f"{name:<8} {value}"))
     for key, value in facts["metadata"].items():
-        print(f"{'':8} {key}: {value if len(value) <= 100 else value[:97] + '...'}")
+        text = value if len(value) <= 100 else value[:97] + "..."
+        print(f"{'':8} {printable(f'{key}: {text}')}")
+    rest = ("rank", "alpha", "shape")
     rows = [
-        (t["module"], t["kind"], str(t["rank"] or ""), str(t["alpha"] or ""), str(t["shape"] or ""))
+        (printable(t["module"]), t["kind"], *(str(t[key] or "") for key in rest))
         for t in facts["targets"][:MOST_TARGETS]
     ]
     print(table(("TARGET", "KIND", "RANK", "ALPHA", "SHAPE"), rows))
     if len(facts["targets"]) > MOST_TARGETS:
         print(f"and {len(facts['targets']) - MOST_TARGETS} more; --json lists them all")
     for name, why in facts["unread"].items():
-        print(f"not read: {name} {why}")
+        print(printable(f"not read: {name} {why}"))
 
 
 def describe(adapter: "Adapter") -> dict[str, Any]:
@@ -116,6 +119,7 @@ def merge(
     """Writes a model in the diffusers layout with LoRAs in its weights."""
     from eqxdiff.lora.save import save_merged
     from eqxdiff.pipeline import open_model
+    from eqxdiff.tensors import printable
 
     plan = open_model(
         model, weights, revision=revision, dtype=dtype, loras=lora, lora_partial=lora_partial
@@ -134,7 +138,7 @@ def merge(
         print(json.dumps({"folder": str(output), "loras": plan.adapters.record()}, indent=2))
         return
     for report in reports:
-        print(report)
+        print(printable(str(report)))
     print(output)
 
 

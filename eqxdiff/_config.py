@@ -48,7 +48,7 @@ def parse_config(
         if key in known:
             try:
                 values[key] = coerce(value, hints[key])
-            except (TypeError, ValueError, OverflowError):
+            except (TypeError, ValueError):
                 problems.append(f"{key}: {shorten(value)} is not of type {spell_type(hints[key])}")
         elif key in supported:
             if value not in supported[key]:
@@ -89,14 +89,14 @@ def _freeze(value: Any) -> Any:
 def coerce(value: Any, hint: Any) -> Any:
     """Returns the value as the type `hint`: an int as a float, a tuple item by item, an enum.
 
-    **Raises:** `TypeError`, `ValueError` or `OverflowError` where the value is of another type.
+    **Raises:** `TypeError` or `ValueError` where the value is of another type, or does not fit it.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for arg in args:
             try:
                 return coerce(value, arg)
-            except (TypeError, ValueError, OverflowError):
+            except (TypeError, ValueError):
                 continue
         raise TypeError
     if origin is tuple:
@@ -108,7 +108,10 @@ def coerce(value: Any, hint: Any) -> Any:
             raise TypeError
         return tuple(coerce(v, arg) for v, arg in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("too large") from None
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
     if type(value) is not hint:  # not isinstance: True is no integer

@@ -16,11 +16,12 @@ from test_lora_kinds import CONV, KINDS, LINEAR, put
 
 from eqxdiff import lora
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import InMemory, Table, load_module
+from eqxdiff.checkpoint import Table, load_module
 from eqxdiff.lora import fitted as fitted_module
-from eqxdiff.models import FAMILIES, LoraBase, LoraFormat, LoraNames
+from eqxdiff.models import LoraBase, LoraFormat, LoraNames, families
 from eqxdiff.nn import Linear
 from eqxdiff.sharding import make_mesh, parameter_sharding
+from eqxdiff.tensors import InMemory
 
 
 LORA = Path(lora.__file__).parent
@@ -107,7 +108,7 @@ def test_every_kind_gives_the_same_bits(kind, small_chunks):
 def test_each_device_reads_and_changes_its_own_shard(kind, small_chunks):
     """The norms of a DoRA are those of the whole tensor, of which a device has a part."""
     mesh = make_mesh(fsdp=2, tensor=2)
-    rules = FAMILIES[0].components["transformer"].rules
+    rules = families()[0].components["transformer"].rules
     place = lambda path, shape: parameter_sharding(path, shape, rules, mesh)
     extra = flux("lora", "lora_unet_single_blocks_0_linear2",
                  "transformer:single_transformer_blocks.0.proj_out")  # fmt: skip
@@ -232,9 +233,7 @@ class Toy:
 
 
 def test_another_family_brings_its_own_names():
-    component = dataclasses.replace(
-        FAMILIES[0].components["transformer"], init=Painter.init, table="vae"
-    )
+    component = dataclasses.replace(families()[0].components["transformer"], init=Painter.init)
     rewrite = (r"^easel_(\w+)/(\w+)$", r"\1.lora_\2.weight")
     names = LoraNames(
         prefixes={"painter": ("lora_paint_", "art.")},
@@ -263,7 +262,7 @@ def test_another_family_brings_its_own_names():
 
 
 def test_a_tiny_model_is_not_taken_for_a_real_one():
-    for family in FAMILIES:
+    for family in families():
         assert set(family.lora.prefixes) <= set(family.components)
     adapters = {}
     for model, make in (("flux-dev", "diffusers-flux"), ("sd15", "diffusers-unet")):

@@ -10,7 +10,7 @@ import jax
 from ..checkpoint import Table, read_table
 from ..checkpoint.load import dotted, is_leaf
 from ..checkpoint.plan import Move
-from ..convert.recognise import FORMS
+from ..checkpoint.table import TableFile
 from ..models import Component, LoraNames, families as known_families
 
 
@@ -56,7 +56,7 @@ class _Known:
 
     cls: type
     name: str
-    layouts: tuple[str, ...]
+    layouts: tuple[TableFile, ...]
     prefixes: tuple[str, ...]
 
 
@@ -76,18 +76,17 @@ def every_family(families: Sequence[NamedFamily] | None = None) -> Sequence[Name
     return known_families() if families is None else families
 
 
-def _layouts(component: Component) -> tuple[str, ...]:
-    """The names of the key tables of a component, that of the diffusers layout first."""
-    forms = (form.table for form in FORMS.get(component.table, ()))
-    return tuple(dict.fromkeys((component.table, *forms)))
-
-
 def _known(families: Sequence[NamedFamily]) -> Iterator[_Known]:
     for family in families:
         for name, component in family.components.items():
             if inspect.ismethod(component.init) and isinstance(component.init.__self__, type):
                 listed = family.lora.prefixes.get(name, ())
-                yield _Known(component.init.__self__, name, _layouts(component), listed)
+                yield _Known(
+                    component.init.__self__,
+                    name,
+                    tuple(form.table for form in component.forms),
+                    listed,
+                )
 
 
 def find_components(

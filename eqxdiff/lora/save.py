@@ -14,6 +14,7 @@ import numpy as np
 from .._errors import CheckpointError, SettingError
 from ..checkpoint import read_table, save_module
 from ..checkpoint.save import atomic, write_tensors
+from ..checkpoint.table import TableFile
 from ..hub import Source
 from ..hub.source import HEAVY
 from ..tensors import TensorInfo
@@ -38,7 +39,7 @@ def save_merged(
     source: Source,
     load: Callable[[list[str]], Mapping[str, Any]],
     configs: Mapping[str, Mapping[str, Any]],
-    tables: Mapping[str, str],
+    tables: Mapping[str, TableFile],
     stages: Mapping[str, str],
     tokenizers: Sequence[str],
     folder: Path,
