@@ -38,8 +38,8 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
         raise SourceError(f"The picture {path} cannot be read: it has too many pixels.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
-        told = isinstance(error, OSError) and error.strerror
-        why = f"{error.strerror}." if told else "is it one?"
+        told = error.strerror if isinstance(error, OSError) else None
+        why = f"{told}." if told else "is it one?"
         raise SourceError(f"The picture {path} cannot be read: {why}") from None
 
 
