@@ -13,10 +13,10 @@ from huggingface_hub import constants
 
 from .._errors import CheckpointError, SourceError
 from ..checkpoint import check
-from ..checkpoint.plan import condense
+from ..checkpoint.listing import condense
 from ..checkpoint.table import table_name
 from ..hub import Source, is_file, open_source
-from ..hub.source import NETWORK_ERRORS, explain
+from ..hub.explain import NETWORK_ERRORS, explain
 from ..models import Family, Lookalikes, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header

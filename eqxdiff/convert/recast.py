@@ -11,8 +11,8 @@ from jaxtyping import DTypeLike
 from ..checkpoint import Table, leaf_paths
 from ..checkpoint.cast import widest
 from ..checkpoint.export import natural_order
-from ..checkpoint.load import Reader, check_copies
 from ..checkpoint.plan import Move, Plan, compile_plan
+from ..checkpoint.read import Reader, check_copies
 from ..tensors import AbstractTensorSource, TensorInfo
 from .open import Opened
 

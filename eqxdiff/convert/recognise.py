@@ -7,7 +7,8 @@ from typing import Any
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths, read_table
 from ..checkpoint.form import Form
-from ..checkpoint.plan import Plan, Shape, compile_plan, condense
+from ..checkpoint.listing import condense
+from ..checkpoint.plan import Plan, Shape, compile_plan
 from ..checkpoint.table import Pattern, TableFile
 from ..hub import Part, Weights
 from ..models import Component, Lookalikes, PublishedFiles, families

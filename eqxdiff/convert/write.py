@@ -17,9 +17,10 @@ from jaxtyping import DTypeLike
 
 from .._errors import SettingError, SourceError
 from ..checkpoint import read_table
-from ..checkpoint.load import Reader
+from ..checkpoint.read import Reader
 from ..checkpoint.save import cut, header, index_text
-from ..hub.source import HEAVY, INDEX
+from ..hub.explain import INDEX
+from ..hub.source import HEAVY
 from ..tensors import TensorInfo
 from .open import Checkpoint, plain
 from .recast import Recast

@@ -7,7 +7,8 @@ from typing import Any
 
 from .._errors import SourceError
 from ..tensors import PICKLES, AbstractTensorSource, SafetensorsFile
-from .source import Folder, Source, open_source
+from .source import Source, open_source
+from .stores import Folder
 
 
 CONFIG = "config.json"
