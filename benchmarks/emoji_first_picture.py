@@ -1,4 +1,4 @@
-"""Seconds from the start of the process to a picture of flux-emoji, with a cold and a warm cache.
+"""Times a picture of flux-emoji from the start of the process, with an empty and a full cache.
 
 python benchmarks/emoji_first_picture.py [--weights FOLDER --model flux-schnell]
 """
@@ -16,7 +16,7 @@ RUNS = 3
 
 
 def seconds(cache: Path, output: Path, arguments: list[str]) -> float:
-    """The wall time of one command with its programs compiled into `cache`."""
+    """Measures the wall time of one command that keeps its programs in `cache`."""
     command = ["eqxdiff", "generate", *arguments, "--prompt", "a red apple on a yellow background"]
     command += ["--seed", "0", "--output", str(output / "apple.png"), "--overwrite", "--quiet"]
     began = time.monotonic()
@@ -27,7 +27,7 @@ def seconds(cache: Path, output: Path, arguments: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="flux-emoji")
-    parser.add_argument("--weights", help="a folder in place of the model's own")
+    parser.add_argument("--weights", help="a folder of other weights")
     options = parser.parse_args()
     arguments = [options.model]
     if options.weights is not None:

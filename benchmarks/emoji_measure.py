@@ -1,16 +1,17 @@
-"""Whether flux-emoji draws what it is asked for.
+"""Measures how often flux-emoji draws the emoji and the background of a caption.
 
     apt install fonts-noto-color-emoji
     python benchmarks/emoji_measure.py [--weights FOLDER] [--sheet SHEET.png]
 
-Asks for 300 pictures: the 100 pairs of a name and a colour that training never saw together, and
-200 others. Prints how many have the asked background and how many show the asked emoji, and writes
-a sheet of the first 40 of them, with the seeds 0 to 39.
+The script draws 300 pictures: the 100 pairs of a name and a colour that training never saw
+together, and 200 other pairs. It prints how many pictures have the right background and how many
+show the right emoji, and writes a sheet of the first 40 pictures, with the seeds 0 to 39.
 
-The background is the mean of a frame of 5 pixels, which no emoji of the set reaches, and counts as
-the nearest of the colours. The emoji is the nearest of the set, drawn from the font on the asked
-colour: the distance is that of the pictures averaged to 16x16 pixels, in CIELAB. `control` is the
-share of pictures that count as what the one before was asked for: it should be near 0.
+The background is the mean of a frame of 5 pixels, which no emoji of the set reaches. It counts as
+the nearest of the colours. The emoji counts as the nearest of the set, drawn from the font on the
+colour of the caption. The distance is between pictures averaged to 16x16 pixels, in CIELAB. As a
+control, each picture is also compared with the caption of the picture before it: `control` is the
+share of pictures that show the emoji of that caption, and should be near 0.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 import eqxdiff
-from eqxdiff.training.run import sheet
+from eqxdiff.training.samples import sheet
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "flux_emoji"))
@@ -37,7 +38,7 @@ SEEN, SEED, FRAME, COARSE, SHEET = 200, 1, 5, 16, 40
 
 
 def questions() -> list[tuple[str, str, bool]]:
-    """Name, colour, and whether training never saw them together: in an order without meaning."""
+    """Lists names, colours, and whether training never saw the pair, in a shuffled order."""
     emoji = make_data.read_emoji()
     held_out = make_data.held_out_pairs(emoji)
     chooser = random.Random(SEED)
@@ -49,7 +50,7 @@ def questions() -> list[tuple[str, str, bool]]:
 
 
 def lab(pixels: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] to CIELAB under D65 (IEC 61966-2-1 and CIE 15)."""
+    """Converts sRGB from 0 to 1 to CIELAB under D65 (IEC 61966-2-1 and CIE 15)."""
     linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
     matrix = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     xyz = linear @ np.array(matrix).T / [0.9505, 1.0, 1.089]
@@ -59,20 +60,21 @@ def lab(pixels: np.ndarray) -> np.ndarray:
 
 
 def coarse(pictures: np.ndarray) -> np.ndarray:
-    """The features of pictures `(n, h, w, 3)` in [0, 1]."""
+    """Returns the features of pictures `(n, h, w, 3)` from 0 to 1."""
     n, h, w, _ = pictures.shape
     blocks = pictures.reshape(n, COARSE, h // COARSE, COARSE, w // COARSE, 3)
     return lab(blocks.mean(axis=(2, 4))).reshape(n, -1)
 
 
 def frame_colour(picture: np.ndarray) -> np.ndarray:
+    """Returns the mean colour of the frame."""
     inside = np.zeros(picture.shape[:2], bool)
     inside[FRAME:-FRAME, FRAME:-FRAME] = True
     return picture[~inside].mean(axis=0)
 
 
 def ranks(pictures: np.ndarray, asked: list[tuple[str, str, bool]]) -> list[int]:
-    """How many emoji of the set are nearer to each picture than the asked one."""
+    """Counts the emoji of the set that are nearer to each picture than the emoji of its caption."""
     emoji = make_data.read_emoji()
     font = ImageFont.truetype(make_data.FONT, make_data.FONT_SIZE)
     names = [one.name for one in emoji]
@@ -92,10 +94,10 @@ def ranks(pictures: np.ndarray, asked: list[tuple[str, str, bool]]) -> list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="flux-emoji")
-    parser.add_argument("--weights", help="a folder in place of the model's own")
+    parser.add_argument("--weights", help="a folder of other weights")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--cfg", type=float)
-    parser.add_argument("--count", type=int, default=300, help="of the questions, for a quick look")
+    parser.add_argument("--count", type=int, default=300, help="how many pictures to draw")
     parser.add_argument("--sheet", type=Path, help="where to write the sheet of 40 pictures")
     options = parser.parse_args()
     asked = questions()[: options.count]
@@ -121,7 +123,7 @@ def main() -> None:
         [found == colour for found, (_, colour, _) in zip(nearest, asked, strict=True)]
     )
     rank = np.array(ranks(pictures, asked))
-    # The measure must be able to fail: each picture against what the one before was asked for.
+    # The measure must be able to fail: it compares each picture with the caption before its own.
     others = [(before[0], colour, new) for before, (_, colour, new) in pairwise(asked)]
     control = float((np.array(ranks(pictures[1:], others)) < 1).mean())
     new = np.array([held_out for *_, held_out in asked])

@@ -29,7 +29,9 @@ def inspect(
 
 
 def describe(portrait: "Portrait") -> str:
-    """The same in words."""
+    """Returns a portrait in words, in which nothing from a file can control the terminal."""
+    from eqxdiff.tensors import printable
+
     models = f" ({', '.join(portrait.models)})" if portrait.models else ""
     lines = [
         f"model: {portrait.model or 'unknown'}{models}",
@@ -43,12 +45,13 @@ def describe(portrait: "Portrait") -> str:
         (name, f"{part['parameters']:,}", str(part["tensors"]), counts(part["dtypes"]), place(part))
         for name, part in portrait.components.items()
     ]
+    rows = [tuple(map(printable, row)) for row in rows]
     lines.append(table(("COMPONENT", "PARAMETERS", "TENSORS", "DTYPES", "LAYOUT"), rows))
-    lines += [f"missing: {name}" for name in portrait.missing]
-    lines += [f"extra: {name}" for name in portrait.extra]
-    lines += portrait.problems
-    lines += [f"metadata: {key}: {value[:200]}" for key, value in portrait.metadata.items()]
-    return "\n".join(lines)
+    told = [f"missing: {name}" for name in portrait.missing]
+    told += [f"extra: {name}" for name in portrait.extra]
+    told += [line for problem in portrait.problems for line in problem.split("\n")]
+    told += [f"metadata: {key}: {value[:200]}" for key, value in portrait.metadata.items()]
+    return "\n".join([*lines, *map(printable, told)])
 
 
 def counts(dtypes: dict[str, int]) -> str:

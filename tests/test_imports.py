@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Each room may import the rooms on the lines above its own, and its own files.
 ORDER = [
-    ("_types", "_errors", "_dtypes", "_config", "sharding", "control", "pictures"),
+    ("_types", "_errors", "_dtypes", "_config", "_lazy", "sharding", "control", "pictures"),
     ("nn", "kernels"),
     ("tensors",),
     ("checkpoint",),
@@ -37,11 +37,10 @@ RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "nump
 RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer"}
 
 # Files that import each other until the command line is taken apart.
-CIRCLES = {frozenset({"eqxdiff.cli.generate", "eqxdiff.cli.job"})}
+CIRCLES: set[frozenset[str]] = set()
 
 # Classes that share a name until their owners rename them.
-TWINS = {"Conditioning", "Index", "Kind", "Network", "Part", "Sampler", "Target", "Tensor"}
-TWINS |= {"DownBlock", "MidBlock", "UpBlock"}
+TWINS: set[str] = set()
 
 
 def imports(path: Path):

@@ -66,6 +66,24 @@ def test_a_file_of_full_size(cli, tmp_path):
     assert re.search(r"transformer +11,901,408,320 +\d+ +bfloat16 +flux1_transformer_bfl", words)
 
 
+def test_nothing_from_a_file_controls_the_terminal(cli, tmp_path):
+    """Line breaks do not make lines either."""
+    evil = "a\x1b]0;x\x07b\nmodel: mine\u202e"
+    shapes = read_manifest("vae_sd")
+    outcome = cli("inspect", header_only(tmp_path / "x.safetensors", shapes, {evil: evil}))
+    assert outcome.status == 0, outcome.err
+    assert all(line.isprintable() for line in outcome.out.split("\n"))
+    assert r"metadata: a\x1b]0;x\x07b\nmodel: mine\u202e: a\x1b]0;x" in outcome.out
+    assert cli("inspect", tmp_path / "x.safetensors", "--json").json["metadata"] == {evil: evil}
+
+
+def test_an_empty_entry_of_the_index_is_no_component(dev, tmp_path):
+    shutil.copytree(dev, tmp_path / "x")
+    file = tmp_path / "x" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "odd": [], "other": [None]}))
+    assert inspect(str(tmp_path / "x")).problems == []
+
+
 def test_a_component_alone(tmp_path):
     path = header_only(tmp_path / "ae.safetensors", read_manifest("vae_flux_ldm"))
     portrait = inspect(str(path))

@@ -10,8 +10,8 @@ from helpers import FIXTURES, count_compilations, fake_tensor, relative_error
 from optax.contrib import MuonDimensionNumbers
 
 from eqxdiff.checkpoint import export_infos, export_tensors, load_module, read_table
-from eqxdiff.models.flux1 import Conditioning, Transformer, TransformerConfig
-from eqxdiff.models.flux1.family import Network
+from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
+from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
 from eqxdiff.nn import Linear
 from eqxdiff.sampling import X0, Conditioned, Denoiser, Epsilon, Flow, Row, VPrediction
 from eqxdiff.sampling.discrete import DiscreteSchedulerConfig, alphas_cumprod
@@ -69,8 +69,8 @@ def flow_loss(model, batch, keys):
     """Rectified flow at given noise and levels."""
 
     def one(x0, noise, txt, pooled, sigma):
-        network = Network(model, None, jnp.float32)
-        denoiser = Denoiser(Conditioned(network, Conditioning(txt, pooled)), Flow())
+        network = FluxPredictor(model, FluxShared(None), jnp.float32)
+        denoiser = Denoiser(Conditioned(network, FluxCondition(txt, pooled)), Flow())
         row = Row(1 - sigma, sigma, 1000 * sigma)
         return denoising_loss(denoiser, x0, noise, row)
 
@@ -153,6 +153,21 @@ def test_steps_lower_the_loss_and_compile_once():
     assert losses[-1] < 0.7 * losses[0]
     assert int(state.step) == 30
     assert len(compiled) <= 2  # of the numbers of the batch alone
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("ema", [False, True])
+def test_steps_leave_the_users_model_alive_and_unchanged(dtype, ema):
+    """A step gives the buffers of its state away: none of them may belong to the model."""
+    model = jax.tree.map(lambda x: x.astype(dtype), Toy.init())
+    before = jax.tree.map(np.array, model)
+    params, frozen = eqx.partition(model, select(model, (r"first\.",)))
+    task = Task(frozen, toy_loss, optax.adam(1e-2), jax.random.key(0))
+    state = TrainState.init(params, task.optimizer, ema=ema)
+    for _ in range(2):
+        state, *_ = train_step(task, state, toy_batch())
+    jax.tree.map(np.testing.assert_array_equal, model, before)
+    assert not np.array_equal(state.params.first.weight, before.first.weight)
 
 
 def test_only_what_is_selected_is_trained():

@@ -75,12 +75,13 @@ def test_the_tokenizers_read_every_caption_whole(data, texts, tmp_path):
 
 def test_the_configs_are_read(data):
     fields = json.loads((RECIPE / "configs.json").read_text())
-    family, _ = find_model("flux-schnell")
+    family, preset = find_model("flux-schnell")
     parsed = {
         part: component.parse(fields[f"{part}/config.json"])
         for part, component in family.components.items()
     }
-    family.check(parsed)
+    scheduler = family.parse_scheduler(fields["scheduler/scheduler_config.json"])
+    family.bind("flux-schnell", preset.defaults, {**parsed, "scheduler": scheduler})
     for name in ("autoencoder.toml", "flux.toml"):
         config = read_config(RECIPE / name)
         assert (config.data.height, config.data.width) == (data.SIZE, data.SIZE)

@@ -30,9 +30,17 @@ from eqxdiff._errors import (
 from eqxdiff.checkpoint import read_table, save_module
 from eqxdiff.convert.example import randomised
 from eqxdiff.models import find_model
-from eqxdiff.training import TrainConfig, read_config, read_folder, saved_states, train
+from eqxdiff.training import (
+    TrainConfig,
+    read_config,
+    read_folder,
+    saved_states,
+    train,
+    train_step,
+)
 from eqxdiff.training.data import batch_of, dropped, pick, read_image
 from eqxdiff.training.saving import load_state, save_state
+from eqxdiff.training.studio import encode_batch, open_studio, reconstruct
 
 
 STEPS = 4
@@ -213,6 +221,74 @@ def test_a_process_that_is_killed_outright_leaves_a_run_to_go_on_with(world, fin
     assert log_of(tmp_path / "run") == log_of(finished[0])
 
 
+class Reached(BaseException):
+    """A step is about to be made of these arguments."""
+
+
+def first_step(config, output, monkeypatch):
+    """The arguments of a run's first step."""
+
+    def stop(*args):
+        raise Reached(*args)
+
+    monkeypatch.setattr("eqxdiff.training.run.train_step", stop)
+    with pytest.raises(Reached) as reached:
+        train(config, output)
+    return reached.value.args
+
+
+PRODUCTS = re.compile(r"stablehlo\.(?:dot_general|convolution).*")
+
+
+@pytest.mark.parametrize("name", ["flux.toml", "vae.toml"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_in_float32_has_float32_products(world, tmp_path, monkeypatch, name, optimizer):
+    """Forward, backward and in the optimizer, on every device: else GPUs and TPUs round them."""
+    config = changed(read_config(world / name), optimizer={"name": optimizer})
+    lowered = train_step.lower(*first_step(config, tmp_path / "run", monkeypatch))
+    products = PRODUCTS.findall(lowered.as_text())
+    assert len(products) > 20
+    assert [line for line in products if line.count("HIGHEST") != 2] == []
+
+
+def test_a_step_in_bfloat16_has_fast_products(world, tmp_path, monkeypatch):
+    model = {"compute_dtype": "bfloat16"}
+    config = changed(read_config(world / "flux.toml"), model=model)
+    lowered = train_step.lower(*first_step(config, tmp_path / "run", monkeypatch))
+    products = PRODUCTS.findall(lowered.as_text())
+    narrow = [line for line in products if "bf16" in line]
+    assert narrow
+    assert [line for line in narrow if "HIGHEST" in line] == []
+
+
+def test_pictures_are_encoded_by_float32_products(world):
+    """Those that the denoiser is trained on, and the reconstructions on the sample sheets."""
+    studio, _ = open_studio(read_config(world / "flux.toml"))
+    for program in (encode_batch, reconstruct):
+        lowered = program.lower(studio.vae, jnp.zeros((2, 16, 16, 3)))
+        products = PRODUCTS.findall(lowered.as_text())
+        assert products
+        assert [line for line in products if line.count("HIGHEST") != 2] == []
+
+
+def test_a_component_is_given_with_a_config_of_its_own(world, tmp_path):
+    """In any form that `parts` of `eqxdiff.load` take; the written model has that config."""
+    given = tmp_path / "given"
+    shutil.copytree(world / "model" / "vae", given)
+    fields = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(fields | {"scaling_factor": 0.25, "mark": 1}))
+    config = changed(
+        read_config(world / "flux.toml"),
+        model={"weights": (("vae", str(given)),)},
+        run={"steps": 1, "batch_size": 1},
+        sample={"prompts": ()},
+    )
+    studio, _ = open_studio(config)
+    assert studio.vae.scaling_factor == 0.25
+    written = json.loads((train(config, tmp_path / "run") / "vae" / "config.json").read_text())
+    assert (written["scaling_factor"], written["mark"]) == (0.25, 1)
+
+
 def test_only_what_is_selected_moves(world, tmp_path):
     """All begin at given weights, and one layer is trained."""
     folders = tuple((part, str(world / "model" / part)) for part in PARTS)
@@ -245,7 +321,7 @@ def test_an_autoencoder_is_trained_and_its_latents_measured(world, tmp_path):
 
 def test_a_folder_in_the_way_is_refused(world, finished, tmp_path):
     config = read_config(world / "flux.toml")
-    with pytest.raises(TrainingError, match="exists already: give --resume"):
+    with pytest.raises(TrainingError, match="exists already: give `resume` to go on"):
         train(config, finished[0])
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TrainingError, match="holds no run to go on with"):
@@ -370,6 +446,7 @@ def test_a_bad_config_is_one_clear_error(world, tmp_path, before, after, problem
     [
         ({"train": ("unet",)}, "model.train: unet matches no parameter"),
         ({"weights": ()}, "name its folder"),
+        ({"folder": "nowhere"}, "model.folder: there is no folder nowhere"),
         ({"weights": (("brain", "x"),)}, "there is no component brain"),
         ({"zero": ("nothing",)}, "model.zero: nothing matches no parameter"),
     ],

@@ -260,8 +260,8 @@ def test_gradients_reach_every_weight_and_the_prompt(fast, reference):
 
     kept = leaf_paths(grad((unet("lcm"), inputs["context"]), inputs))
     for path, leaf in kept.items():
-        assert jnp.all(jnp.isfinite(leaf)), path
-        assert jnp.max(jnp.abs(leaf)) > 1e-4, path
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-4, path
     recomputing = dataclasses.replace(unet("lcm"), remat=True)
     for path, leaf in leaf_paths(grad((recomputing, inputs["context"]), inputs)).items():
         assert relative_error(leaf, kept[path]) < 1e-5, path
@@ -270,13 +270,13 @@ def test_gradients_reach_every_weight_and_the_prompt(fast, reference):
 def test_what_is_embedded_must_be_given(reference):
     inputs = read_inputs(reference, "sdxl/square")
     plain = {name: inputs[name] for name in ("x", "context", "timestep")}
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sdxl"), plain)
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sd1"), inputs)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("lcm"), plain)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("sd1"), {**plain, "guidance": jnp.float32(7.5)})
 
 

@@ -246,8 +246,8 @@ def test_gradients_reach_the_input_and_every_weight(fast):
 
     noise = lambda *shape: jnp.asarray(fake_noise(*shape))
     for path, leaf in leaf_paths(grad((vae, noise(4, 4, 4), noise(8, 8, 3)))).items():
-        assert jnp.all(jnp.isfinite(leaf)), path
-        assert path.endswith("to_k.bias") or jnp.max(jnp.abs(leaf)) > 1e-3, path
+        assert np.isfinite(leaf).all(), path
+        assert path.endswith("to_k.bias") or np.abs(leaf).max() > 1e-3, path
 
 
 def test_convolutions_round_once_and_have_gradients_in_bfloat16():

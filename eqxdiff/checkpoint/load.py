@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -17,11 +17,15 @@ from jaxtyping import DTypeLike
 
 from .._errors import CheckpointError
 from ..tensors.source import AbstractTensorSource, Box
+from .cast import cast, is_finite, widest
 from .plan import Move, Plan, Shape, compile_plan
 from .table import Table
 
 
 Module = TypeVar("Module")
+
+FILE = "file"
+"""In place of a dtype: every leaf keeps what it has in the file."""
 
 Change = Callable[[str, np.ndarray, Box, Callable[[str, Box], np.ndarray]], None]
 """Changes a box of a leaf in place before it goes to its device: `change(path, buffer, box, read)`.
@@ -100,7 +104,9 @@ def load_module(
     **Arguments:**
 
     - `skeleton`: `eqx.filter_eval_shape` of the module's `init`; all but its arrays is kept.
-    - `dtype`: of every floating point leaf; `None` for those of the skeleton.
+    - `dtype`: of every floating point leaf. `None` stands for the dtypes of the skeleton, and
+      `"file"` for those of the file: a leaf made of several tensors has the widest of their dtypes,
+      and numbers in 8 bits are kept in bfloat16.
     - `sharding`: a `jax.sharding.Sharding` for every leaf; or a function from a leaf's path and
       shape to one; or a PyTree of them like the skeleton; `None` for the default device. Each
       process reads only what its own devices hold.
@@ -118,7 +124,10 @@ def load_module(
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     file = {tensor: info.shape for tensor, info in infos.items()}
     plan = compile_plan(table, shapes, file, name=name)
-    dtypes = {path: _leaf_dtype(leaf.dtype, dtype) for path, leaf in leaves.items()}
+    dtypes = {
+        path: _leaf_dtype(np.dtype(leaf.dtype), dtype, source, plan.moves.get(path, ()))
+        for path, leaf in leaves.items()
+    }
     _check_kinds(plan, source, dtypes, name)
     check_copies(source, plan, name)
     place = _placement(sharding, skeleton)
@@ -157,10 +166,17 @@ def load_module(
     return jax.tree_util.tree_unflatten(treedef, jax.block_until_ready(values))
 
 
-def _leaf_dtype(own: Any, wanted: DTypeLike | None) -> np.dtype:
-    own = np.dtype(own)
-    floating = jax.numpy.issubdtype(own, jax.numpy.floating)
-    return np.dtype(wanted) if wanted is not None and floating else own
+def _leaf_dtype(
+    own: np.dtype, wanted: DTypeLike | None, source: AbstractTensorSource, moves: Sequence[Move]
+) -> np.dtype:
+    """What a leaf is kept in; `own` is the dtype that it has in the skeleton."""
+    if wanted is None or not jax.numpy.issubdtype(own, jax.numpy.floating):
+        return own
+    if not (isinstance(wanted, str) and wanted == FILE):
+        return np.dtype(wanted)
+    found = [source.dtype_of(tensor) for tensor in dict.fromkeys(move.tensor for move in moves)]
+    wide = [dtype if dtype.itemsize > 1 else np.dtype(jax.numpy.bfloat16) for dtype in found]
+    return np.dtype(jax.dtypes.canonicalize_dtype(widest(wide or [source.dtype])))
 
 
 def _check_kinds(
@@ -311,15 +327,7 @@ class Reader:
             raise CheckpointError(f"{self._name}: {move.tensor} holds a value that is not finite.")
         if in_place:
             return out.nbytes
-        if move.scale is not None:
-            wide = np.promote_types(dtype, np.float32)
-            piece = piece.astype(wide) * wide.type(move.scale)
-        with np.errstate(over="ignore"):
-            out[...] = piece
-        if out.dtype.itemsize < dtype.itemsize and not is_finite(np.ascontiguousarray(out)):
-            raise CheckpointError(
-                f"{self._name}: {move.tensor} holds a value too large for {out.dtype}."
-            )
+        cast(piece, out, f"{self._name}: {move.tensor}", move.scale)
         return out.nbytes
 
     def _scratch_like(self, out: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -350,19 +358,6 @@ def _overlap(move: Move, target: np.ndarray, box: Box) -> tuple[np.ndarray, Box]
         return None
     rows = target[start - box[0][0] : stop - box[0][0]]
     return rows, ((start - move.low, stop - move.low), *box[1:])
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous array has neither infinities nor NaNs; integers never do."""
-    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating) or not array.size:
-        return True
-    # What is not finite has the greatest bit patterns of either sign, infinity (or, where there is
-    # none, the NaN) being the least of them: two integer maxima say it, fast and without memory.
-    bits = array.dtype.itemsize * 8
-    infinity = int(np.array(np.inf, array.dtype).view(f"u{bits // 8}"))
-    signed = array.view(f"i{bits // 8}").max()
-    unsigned = array.view(f"u{bits // 8}").max()
-    return bool(signed < infinity and unsigned < infinity + (1 << (bits - 1)))
 
 
 def check_copies(source: AbstractTensorSource, plan: Plan, name: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._errors import CheckpointError
 from ..tensors.source import show
+from .cast import cast
 from .table import Table, Use
 
 
@@ -44,8 +45,9 @@ class Move:
     def to_theirs(self, piece: np.ndarray) -> np.ndarray:
         """Ours to theirs: what loading does, undone."""
         if self.scale is not None:
-            wide = np.promote_types(piece.dtype, np.float32)
-            piece = (piece.astype(wide) / wide.type(self.scale)).astype(piece.dtype)
+            scaled = np.empty(piece.shape, piece.dtype)
+            cast(piece, scaled, self.tensor, self.scale, undo=True)
+            piece = scaled
         if self.axes is not None:
             piece = piece.transpose(np.argsort(self.axes))
         return piece.reshape(self.theirs)

@@ -1,7 +1,7 @@
 """Key tables: how the tensor names of a published layout map onto the paths of our leaves.
 
-A table is a TOML file in `weights_map/` that lists exceptions only: a leaf whose dotted path is the
-name of a tensor in the file needs no row. Its whole vocabulary:
+A table is a TOML file, such as those in `weights_map/`. It lists exceptions only: a leaf whose
+dotted path is the name of a tensor in the file needs no row. Its whole vocabulary:
 
 ```toml
 prefix = ["model.diffusion_model"]   # precedes every name in the file; "" in the list: or nothing
@@ -48,10 +48,14 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources.abc import Traversable
 from typing import Any
 
 
 Segments = tuple[str, ...]
+
+TableFile = str | Traversable
+"""A key table: its name in `weights_map/`, or the TOML file itself, wherever it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,15 +257,22 @@ class Table:
         return self._modifier(self.optional, name)
 
 
-def read_table(name: str) -> Table:
-    """Reads `weights_map/{name}.toml`.
+def read_table(table: TableFile) -> Table:
+    """Reads `weights_map/{table}.toml`, or the TOML file that is given.
 
     **Raises:** `ValueError` where there is no such table or it breaks the grammar.
     """
-    file = importlib.resources.files("eqxdiff.weights_map") / f"{name}.toml"
+    where = f"weights_map/{table}.toml" if isinstance(table, str) else str(table)
+    tables = importlib.resources.files("eqxdiff.weights_map")
+    file = tables / f"{table}.toml" if isinstance(table, str) else table
     if not file.is_file():
-        raise ValueError(f"there is no table weights_map/{name}.toml")
-    return Table.parse(file.read_text(encoding="utf-8"), name)
+        raise ValueError(f"there is no table {where}")
+    return Table.parse(file.read_text(encoding="utf-8"), table_name(table))
+
+
+def table_name(table: TableFile) -> str:
+    """Returns what a table is called: the name of its file without the ending."""
+    return table if isinstance(table, str) else table.name.removesuffix(".toml")
 
 
 def _parse(rows: Mapping[str, Any]) -> dict[str, Any]:

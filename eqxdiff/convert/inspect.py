@@ -12,15 +12,16 @@ import numpy as np
 from huggingface_hub import constants
 
 from .._errors import CheckpointError, SourceError
-from ..checkpoint import check, read_table
+from ..checkpoint import check
 from ..checkpoint.plan import condense
+from ..checkpoint.table import table_name
 from ..hub import Source, is_file, open_source
 from ..hub.source import NETWORK_ERRORS, explain
-from ..models import Family, find_model
+from ..models import Family, Lookalikes, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
 from .open import plain
-from .recognise import REST, Lookalikes, describe, find_pieces, locate
+from .recognise import denoisers, describe, find_pieces, leftovers, locate
 
 
 HEAD_BYTES = 64 << 10
@@ -96,21 +97,22 @@ def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> 
 def _of_file(spec: str, file: AbstractTensorSource) -> Portrait:
     metadata = file.metadata if isinstance(file, SafetensorsFile | Header) else {}
     pieces, rest = find_pieces(file.tensors)
-    kind = describe(file)
-    drops = read_table(REST).drops
+    sort = describe(file)
+    drops = leftovers().drops
     components: dict[str, dict[str, Any]] = {}
     for piece in pieces:
-        places = () if kind is None else kind.layout.items()
-        name = next((n for n, place in places if place == (piece.table, piece.prefix)), piece.table)
+        places = () if sort is None else sort.layout.items()
+        layout = table_name(piece.table)
+        name = next((n for n, place in places if place == (piece.table, piece.prefix)), layout)
         name = name if name not in components else piece.prefix
         infos = [file.tensors[tensor] for tensor in piece.names]
-        components[name] = {"layout": piece.table, "prefix": piece.prefix, **_count(infos)}
-    whole = kind is not None and len(pieces) > 1
-    missing = [name for name in kind.layout if name not in components] if whole and kind else []
+        components[name] = {"layout": layout, "prefix": piece.prefix, **_count(infos)}
+    whole = sort is not None and len(pieces) > 1
+    missing = [name for name in sort.layout if name not in components] if whole and sort else []
     extra = condense([name for name in rest if not drops(name)], file.tensors)
     layout = "single file" if len(pieces) != 1 else "component"
     infos = list(file.tensors.values())
-    return _portrait(spec, kind, layout, infos, components, missing, extra, [], metadata)
+    return _portrait(spec, sort, layout, infos, components, missing, extra, [], metadata)
 
 
 def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
@@ -119,7 +121,7 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
     metadata: dict[str, str] = {}
     problems: list[str] = []
     index = source.read_json("model_index.json")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    names = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     for name in names:
         if not source.exists(f"{name}/config.json"):
             continue
@@ -134,16 +136,16 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
             tensors |= header.tensors
             metadata |= header.metadata
         headers[name] = Header(tensors, {})
-    denoisers = (describe(headers[name]) for name in ("transformer", "unet") if name in headers)
-    kind = next(denoisers, None)
+    found = (describe(headers[name]) for name in denoisers() if name in headers)
+    sort = next(found, None)
     infos = [info for header in headers.values() for info in header.tensors.values()]
     components = {name: _count(header.tensors.values()) for name, header in headers.items()}
     missing: list[str] = []
-    if kind is not None and kind.models:
-        family, _ = find_model(kind.models[0])
+    if sort is not None and sort.models:
+        family, _ = find_model(sort.models[0])
         missing = [name for name in family.components if name not in headers]
         problems += _misfits(family, source, headers)
-    return _portrait(spec, kind, "diffusers", infos, components, missing, [], problems, metadata)
+    return _portrait(spec, sort, "diffusers", infos, components, missing, [], problems, metadata)
 
 
 def _misfits(
@@ -184,7 +186,7 @@ def _count(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 
 def _portrait(
     name: str,
-    kind: Lookalikes | None,
+    sort: Lookalikes | None,
     layout: str,
     infos: list[TensorInfo],
     components: dict[str, dict[str, Any]],
@@ -194,8 +196,8 @@ def _portrait(
     metadata: Mapping[str, str],
 ) -> Portrait:
     count = _count(infos)
-    models = [] if kind is None else list(kind.models)
-    summary = None if kind is None else kind.summary
+    models = [] if sort is None else list(sort.models)
+    summary = None if sort is None else sort.summary
     sizes = count["parameters"], count["bytes"], count["dtypes"]
     return Portrait(
         name, summary, models, layout, *sizes, components, missing, extra, problems, dict(metadata)

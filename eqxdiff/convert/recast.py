@@ -1,7 +1,6 @@
 """A component on its way from one layout to another, in pieces of a few megabytes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from ..checkpoint import Table, leaf_paths
+from ..checkpoint.cast import widest
 from ..checkpoint.export import natural_order
 from ..checkpoint.load import Reader, check_copies
 from ..checkpoint.plan import Move, Plan, compile_plan
@@ -85,6 +85,6 @@ def _dtype(
         for own in plan.moves.get(move.leaf, ())
         if own.layer == move.layer
     ]
-    own = functools.reduce(jnp.promote_types, found or [source.dtype])
+    own = widest(found or [source.dtype])
     floating = jnp.issubdtype(own, jnp.floating)
     return np.dtype(own if wanted is None or not floating else wanted)

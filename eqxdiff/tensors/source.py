@@ -96,7 +96,14 @@ class Subset(AbstractTensorSource):
         self._source.read(name, box, out)
 
 
+def printable(text: str) -> str:
+    """Returns a text from a file without what could control a terminal: that is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def show(name: str) -> str:
-    """A name from a file, safe to print and of bounded length."""
+    """Returns a name from a file, safe to print and of bounded length."""
     text = name if name.isprintable() and name else ascii(name)
     return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"

@@ -1,7 +1,7 @@
-"""Training: losses, noise levels, the step, and a run from a folder of images to a model."""
+"""Training: losses, noise levels, one step, and a run from a folder of images to a model."""
 
 from .config import TrainConfig as TrainConfig, read_config as read_config
-from .data import Example as Example, read_folder as read_folder
+from .data import CaptionedImage as CaptionedImage, read_folder as read_folder
 from .levels import (
     AbstractLevels as AbstractLevels,
     Discrete as Discrete,

@@ -1,4 +1,4 @@
-"""What `eqxdiff train` is told: a TOML file as frozen dataclasses."""
+"""The TOML file of `eqxdiff train` as frozen dataclasses."""
 
 import dataclasses
 import tomllib
@@ -16,18 +16,19 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is trained.
+    """The model to train, and which of its parameters.
 
-    - `name`: a model whose family it is of, such as `"flux-schnell"`.
-    - `folder`: its configs and tokenizers, in the published layout. Weights are not needed.
+    - `name`: a model of the same family, such as `"flux-schnell"`.
+    - `folder`: the folder of the configs and tokenizers, in the published layout. Its weights are
+        not read.
     - `train`: regular expressions of the paths of the trained parameters, such as `"transformer"`
-        or `"vae.decoder"`. Where one is of the autoencoder, it is that alone that is trained.
-    - `weights`: folders of components that do not begin at random, configs included.
-    - `zero`: regular expressions of the parameters that begin at zero, such as those of the gates
+        or `"vae.decoder"`. An expression that begins with `vae` trains the autoencoder alone.
+    - `weights`: component -> the folder of its config and weights. The others begin at random.
+    - `zero`: regular expressions of the parameters that begin at zero, such as the gates
         (https://arxiv.org/abs/2212.09748, section 3.2).
     - `remat`: recompute each block in the backward pass, to save memory.
-    - `compute_dtype`: of the activations; the weights are trained in float32.
-    - `save_dtype`: of the weights of the finished model.
+    - `compute_dtype`: the dtype of the activations; the weights are trained in float32.
+    - `save_dtype`: the dtype of the weights of the finished model.
     """
 
     name: str
@@ -39,14 +40,21 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+    @property
+    def alone(self) -> bool:
+        """Whether the autoencoder is trained, alone."""
+        return any(pattern.startswith("vae") for pattern in self.train)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What it is trained on.
+    """The images and captions to train on.
 
-    - `folder`: of images with captions, as `read_folder` takes it.
-    - `height`, `width`: of the images, in pixels.
-    - `caption_dropout`: how many captions are left empty, for classifier-free guidance.
+    - `folder`: a folder of images with captions, as `read_folder` reads it.
+    - `height`, `width`: the size that all images are brought to, in pixels.
+    - `caption_dropout`: the share of captions that are replaced by the empty text, from 0 to 1, for
+        classifier-free guidance.
+    - `max_sequence_length`: the number of tokens of a caption that the second text encoder sees.
     """
 
     folder: str
@@ -58,14 +66,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon, warmed up, constant, and linearly down to nothing at the end.
+    """The optimizer: AdamW or Muon.
 
     - `name`: Muon (https://arxiv.org/abs/2502.16982) trains matrices and kernels, with updates of
         the size of AdamW's, and AdamW the rest.
-    - `adam`: regular expressions of the matrices that AdamW trains all the same: embeddings.
-    - `warmup`, `cooldown`: the steps of each.
-    - `clip`: the largest norm of the gradients.
-    - `ema_decay`: of the running average of the weights; 0 is none.
+    - `adam`: regular expressions of matrices that AdamW trains all the same, such as embeddings.
+    - `learning_rate`: the learning rate between warm-up and cool-down.
+    - `warmup`: the number of first steps, over which the learning rate rises linearly.
+    - `cooldown`: the number of last steps, over which the learning rate falls linearly to 0.
+    - `beta1`, `beta2`, `weight_decay`: as of AdamW.
+    - `clip`: the largest norm of the gradients; larger gradients are scaled down to it.
+    - `ema_decay`: the decay of the running average of the weights; 0 keeps no average.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -82,12 +93,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is made small.
+    """The loss.
 
-    - `levels`: of a rectified flow: `"logit-normal"`, of `mean` and `std`, or `"uniform"`.
-    - `shift`: of those levels.
-    - `min_snr_gamma`: weighs the levels by `min_snr_weight`; 0 weighs all the same.
-    - `kl_weight`, `edge_weight`: of the autoencoder's loss.
+    - `levels`: the distribution of the noise levels of a rectified flow: `"logit-normal"`, with the
+        `mean` and `std` of the logit, or `"uniform"`.
+    - `shift`: the shift of these noise levels.
+    - `min_snr_gamma`: the constant of `min_snr_weight`; 0 weighs all levels alike.
+    - `kl_weight`, `edge_weight`: the weights of `autoencoder_loss`.
     """
 
     levels: Literal["logit-normal", "uniform"] = "logit-normal"
@@ -101,11 +113,15 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """For how long, and what is told meanwhile.
+    """The length of the run, and how often it logs, draws and saves.
 
-    - `steps`, `batch_size`, `seed`.
-    - `accumulate`: how many parts a batch is cut into, one in memory at a time.
-    - `log_every`, `sample_every`, `save_every`: in steps; `sample_every` 0 is never.
+    - `steps`: the number of steps.
+    - `batch_size`: the number of examples in a step.
+    - `accumulate`: the number of parts that a batch is cut into, one in memory at a time.
+    - `seed`: the seed of all random numbers.
+    - `log_every`, `save_every`: the number of steps between two lines of the log, and between two
+        saved states.
+    - `sample_every`: the number of steps between two sheets of sample pictures; 0 draws none.
     """
 
     steps: int
@@ -119,7 +135,12 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """The sample pictures: one of each prompt. Of an autoencoder, the first `count` images."""
+    """The sample pictures.
+
+    - `prompts`: a denoiser draws one picture of each.
+    - `steps`, `cfg`, `seed`: the settings of these pictures.
+    - `count`: an autoencoder reconstructs so many images, spread over the whole folder.
+    """
 
     prompts: tuple[str, ...] = ()
     steps: int = 20
@@ -130,7 +151,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All of it."""
+    """The whole config: a section of the TOML file for each field."""
 
     model: ModelConfig
     data: DataConfig
@@ -170,7 +191,8 @@ class TrainConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What the numbers of a run hang on, as JSON: a run goes on only with the same."""
+        """The fields that decide the numbers of a run, as JSON. Only a run with equal ones can be
+        resumed."""
         fields = dataclasses.asdict(self)
         for section, names in (
             ("run", ("steps", "log_every", "sample_every", "save_every")),
@@ -183,8 +205,8 @@ class TrainConfig:
 
 
 def read_config(path: str | Path) -> TrainConfig:
-    """Reads a TOML file of the sections `[model]`, `[data]`, `[run]`, `[optimizer]`, `[loss]` and
-    `[sample]`. Paths in it are relative to the working directory.
+    """Reads a TOML file with the sections `[model]`, `[data]`, `[run]`, `[optimizer]`, `[loss]` and
+    `[sample]`. Its paths are relative to the working directory.
 
     **Raises:** `ConfigError`, one message that lists every problem.
     """
@@ -198,11 +220,12 @@ def read_config(path: str | Path) -> TrainConfig:
     problems: list[str] = []
     config = _parse(TrainConfig, fields, "", problems)
     if problems or config is None:
-        raise ConfigError("\n  ".join([f"{path} does not say how to train:", *problems]))
+        raise ConfigError("\n  ".join([f"{path} is no valid training config:", *problems]))
     return config
 
 
 def _parse(cls: type[T], fields: Mapping[str, Any], prefix: str, problems: list[str]) -> T | None:
+    """Reads the fields of a section, and adds to `problems` what is wrong with them."""
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
     problems += [f"{prefix}{name}: unknown" for name in fields if name not in known]
@@ -235,6 +258,7 @@ def _parse(cls: type[T], fields: Mapping[str, Any], prefix: str, problems: list[
 
 
 def _value(value: Any, hint: Any) -> Any:
+    """Converts a value of the TOML file. **Raises:** `TypeError`, `ValueError`."""
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ValueError

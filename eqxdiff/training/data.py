@@ -1,4 +1,4 @@
-"""A folder of images with captions, and which of them a step sees."""
+"""A folder of images with captions, and the choice of them for each step."""
 
 import json
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image and what it may be called."""
+class CaptionedImage:
+    """An image file and its captions."""
 
     path: Path
     captions: tuple[str, ...]
 
 
-def read_folder(folder: str | Path, *, captions: bool = True) -> list[Example]:
-    """The examples of a folder, in the order of their names.
+def read_folder(folder: str | Path, *, captions: bool = True) -> list[CaptionedImage]:
+    """Lists the images of a folder with their captions, in the order of their names.
 
-    A file `metadata.jsonl` lists them, one JSON object a line, with `"file_name"` and `"text"`: a
-    caption, or a list of captions of which each step picks one. Without it, the caption of
-    `name.png` is in `name.txt`, one a line.
+    A file `metadata.jsonl` has one JSON object a line, with `"file_name"` and `"text"`: a caption,
+    or a list of captions of which each step picks one. Without that file the captions of `name.png`
+    are in `name.txt`, one a line.
 
     **Arguments:**
 
-    - `captions`: whether they are needed.
+    - `captions`: whether every image needs a caption.
 
     **Raises:** `DataError` where there are no images, or an image has no caption.
     """
@@ -53,9 +53,10 @@ def read_folder(folder: str | Path, *, captions: bool = True) -> list[Example]:
     return examples
 
 
-def _beside(folder: Path) -> list[Example]:
+def _beside(folder: Path) -> list[CaptionedImage]:
+    """Lists the images of a folder with the captions in the text files beside them."""
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return [Example(image, _lines(image.with_suffix(".txt"))) for image in images]
+    return [CaptionedImage(image, _lines(image.with_suffix(".txt"))) for image in images]
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -68,7 +69,8 @@ def _lines(path: Path) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.splitlines())))
 
 
-def _listed(file: Path) -> list[Example]:
+def _listed(file: Path) -> list[CaptionedImage]:
+    """Lists the images that `metadata.jsonl` names."""
     examples = []
     for number, line in enumerate(_lines(file), start=1):
         try:
@@ -83,12 +85,14 @@ def _listed(file: Path) -> list[Example]:
             ) from None
         if not (file.parent / name).is_file():
             raise DataError(f"{file}, line {number}: there is no file {name}.")
-        examples.append(Example(file.parent / name, tuple(filter(str.strip, texts))))
+        examples.append(CaptionedImage(file.parent / name, tuple(filter(str.strip, texts))))
     return sorted(examples, key=lambda example: example.path)
 
 
 def read_image(path: Path, height: int, width: int) -> Float[np.ndarray, "{height} {width} 3"]:
-    """An image from -1 to 1. One of another size is resized to cover this one and cut to it.
+    """Reads an image as values from -1 to 1.
+
+    An image of another size is resized until it covers the wanted size, and its middle is cut out.
 
     **Raises:** `DataError` where the file is broken or is no image.
     """
@@ -107,7 +111,7 @@ def read_image(path: Path, height: int, width: int) -> Float[np.ndarray, "{heigh
 
 
 def batch_of(step: int, batch: int, count: int, seed: int) -> Int[np.ndarray, " {batch}"]:
-    """Which of `count` examples step `step` sees: each once an epoch, in an order of its own."""
+    """Chooses the examples of a step: each of `count` once an epoch, in an order of the epoch."""
     position = np.arange(step * batch, (step + 1) * batch)
     orders = {
         int(epoch): np.random.default_rng([seed, 0, int(epoch)]).permutation(count)
@@ -117,10 +121,10 @@ def batch_of(step: int, batch: int, count: int, seed: int) -> Int[np.ndarray, " 
 
 
 def pick(step: int, counts: Sequence[int] | np.ndarray, seed: int) -> Int[np.ndarray, " n"]:
-    """One number below each of `counts`, at random: of a caption, say."""
+    """Draws one number below each of `counts`, such as the number of a caption."""
     return np.random.default_rng([seed, 1, step]).integers(np.asarray(counts))
 
 
 def dropped(step: int, count: int, rate: float, seed: int) -> np.ndarray:
-    """Which of `count` captions are left empty, for guidance to lead away from."""
+    """Draws which of `count` captions are replaced by the empty text."""
     return np.random.default_rng([seed, 2, step]).random(count) < rate

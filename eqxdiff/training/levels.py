@@ -1,4 +1,4 @@
-"""Which noise levels training sees: samplers of rows."""
+"""Distributions of the noise levels that training sees."""
 
 import abc
 from typing import Self
@@ -18,15 +18,15 @@ class AbstractLevels(eqx.Module):
 
     @abc.abstractmethod
     def sample(self, key: PRNGKey) -> Row:
-        """One level, in float32."""
+        """Draws one level, in float32."""
 
 
 class LogitNormal(AbstractLevels):
-    """Levels of a rectified flow whose logit is normal, so that the middle is seen most.
+    """Levels of a rectified flow whose logit is normal, so that the middle levels are the most.
 
-    **Arguments:**
+    **Fields:**
 
-    - `mean`, `std`: of the logit of sigma.
+    - `mean`, `std`: the mean and the standard deviation of the logit of sigma before the shift.
     - `shift`: `sigma <- shift * sigma / (1 + (shift - 1) * sigma)`, as sampling shifts its levels.
 
     Source: https://arxiv.org/abs/2403.03206, section 3.1.
@@ -42,7 +42,12 @@ class LogitNormal(AbstractLevels):
 
 
 class Uniform(AbstractLevels):
-    """Levels of a rectified flow that are uniform before the shift of `LogitNormal`."""
+    """Levels of a rectified flow that are uniform before the shift.
+
+    **Fields:**
+
+    - `shift`: as of `LogitNormal`.
+    """
 
     shift: float = 1.0
 
@@ -51,14 +56,19 @@ class Uniform(AbstractLevels):
 
 
 class Discrete(AbstractLevels):
-    """The levels that a DDPM was trained on, each as often as the others."""
+    """The levels that a DDPM was trained on, all equally frequent.
+
+    **Fields:**
+
+    - `alpha`, `sigma`: the factors of the data and of the noise at each timestep.
+    """
 
     alpha: Float[Array, " levels"]
     sigma: Float[Array, " levels"]
 
     @classmethod
     def init(cls, config: DiscreteSchedulerConfig) -> Self:
-        """The thousand levels of a `scheduler_config.json`."""
+        """Makes the thousand levels of a `scheduler_config.json`."""
         rows = noise_levels(config)
         return cls(rows.alpha, rows.sigma)
 
@@ -68,6 +78,6 @@ class Discrete(AbstractLevels):
 
 
 def flow_row(sigma: Scalar, shift: float) -> Row:
-    """The row of a rectified flow at a level, shifted."""
+    """Returns the row of a rectified flow at a level after the shift."""
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return Row(1 - sigma, sigma, 1000 * sigma)

@@ -1,33 +1,36 @@
-"""The losses of whole models on batches, as `train_step` takes them."""
+"""The losses of whole models on batches, in the form that `train_step` takes."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from .._dtypes import float32_products
 from .._types import Scalar
 from ..models import PROMPT, AbstractModel, Inputs, Modules, Settings
-from ..sampling import AbstractParameterization, Conditioned, Denoiser
-from .levels import AbstractLevels
+from ..sampling import AbstractParameterization, Conditioned, Denoiser, FlowSchedulerConfig
+from .config import TrainConfig
+from .levels import AbstractLevels, Discrete, LogitNormal, Uniform
 from .losses import autoencoder_loss, denoising_loss, min_snr_weight, unit_noise
-from .step import Metrics
+from .step import Loss, Metrics
+from .studio import Studio
 
 
 class DenoiserObjective(eqx.Module):
-    """The denoising loss of a model's text encoders and network.
+    """The mean denoising loss of a model's text encoders and network on a batch.
 
     The batch is `(latents, tokens)`: clean latents of unit variance, and the tokens of the captions
-    as the model's `tokenize` returns them.
+    as the model's `tokenize` returns them, each array with a leading axis of examples.
 
     **Fields:**
 
-    - `parameterization`: what the network predicts.
-    - `gamma`: of the min-SNR weights, or `None` for none.
-    - `settings`: what the network is told besides the prompt.
-    - `dtype`: of the activations.
+    - `levels`: the distribution of the noise levels.
+    - `parameterization`: the meaning of the network's output.
+    - `gamma`: the constant of `min_snr_weight`; `None` weighs all levels alike.
+    - `settings`: the settings of the pictures, such as their size. They are compiled in.
+    - `dtype`: the dtype of the activations.
     """
 
     model: AbstractModel
@@ -40,7 +43,7 @@ class DenoiserObjective(eqx.Module):
     def __call__(
         self,
         modules: Modules,
-        batch: tuple[Float[Array, "n h w c"], PyTree[Int[Array, "n _"]]],
+        batch: tuple[Float[Array, "n h w c"], PyTree[Shaped[Array, "n ..."]]],
         keys: Key[Array, " n"],
     ) -> tuple[Scalar, Metrics]:
         def one(latent: Array, tokens: PyTree, key: Array) -> Scalar:
@@ -62,7 +65,13 @@ class DenoiserObjective(eqx.Module):
 
 
 class AutoencoderObjective(eqx.Module):
-    """The loss of `modules["vae"]` on a batch of images from -1 to 1."""
+    """The mean `autoencoder_loss` of `modules["vae"]` on a batch of images from -1 to 1.
+
+    **Fields:**
+
+    - `kl_weight`, `edge_weight`: as of `autoencoder_loss`.
+    - `dtype`: the dtype of the activations.
+    """
 
     kl_weight: float
     edge_weight: float
@@ -83,3 +92,25 @@ class AutoencoderObjective(eqx.Module):
         with float32_products(self.dtype):
             losses, metrics = jax.vmap(one)(batch, keys)
         return jnp.mean(losses), jax.tree.map(jnp.mean, metrics)
+
+
+def make_objective(studio: Studio, config: TrainConfig) -> Loss:
+    """Returns the loss that a config asks for: of the denoiser, or of the autoencoder alone."""
+    fields, blueprint = config.loss, studio.blueprint
+    if studio.vae is None:
+        return AutoencoderObjective(fields.kl_weight, fields.edge_weight, blueprint.compute_dtype)
+    scheduler = blueprint.configs["scheduler"]
+    if not isinstance(scheduler, FlowSchedulerConfig):
+        levels = Discrete.init(scheduler)
+    elif fields.levels == "uniform":
+        levels = Uniform(fields.shift)
+    else:
+        levels = LogitNormal(fields.mean, fields.std, fields.shift)
+    return DenoiserObjective(
+        blueprint.model,
+        levels,
+        blueprint.model.recipe(studio.settings).parameterization,
+        fields.min_snr_gamma or None,
+        studio.settings,
+        blueprint.compute_dtype,
+    )

@@ -1,9 +1,9 @@
 """The optimizers that a config can name."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,23 +12,24 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from .._types import Scalar
 from ..checkpoint.load import dotted
+from ..models import Component
 from ..sharding import logical_axes
-from .config import OptimizerConfig, TrainConfig
-from .studio import Studio
+from .config import OptimizerConfig
 
 
 ADAM_RMS = 0.2
-"""The usual root mean square of AdamW's updates before the learning rate, to which Muon's are
-scaled (https://arxiv.org/abs/2502.16982, section 2.2)."""
+"""The usual root mean square of AdamW's updates before the learning rate. Muon's updates are scaled
+to it (https://arxiv.org/abs/2502.16982, section 2.2)."""
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: PyTree
 ) -> optax.GradientTransformation:
-    """The optimizer of a run of so many steps, with clipped gradients.
+    """Makes the optimizer of a run, which clips the gradients.
 
     **Arguments:**
 
+    - `steps`: the number of steps of the run, at whose end the learning rate has come down.
     - `axes`: `MuonDimensionNumbers` of each parameter that Muon trains, from `matrix_axes`.
     """
 
@@ -54,24 +55,30 @@ def make_optimizer(
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """What decays: weights that are multiplied with, not biases and norms."""
+    """Selects the parameters that decay: matrices and kernels, but no biases and norms."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def matrix_axes(studio: Studio, config: TrainConfig) -> PyTree:
-    """Which trained parameters Muon takes, and which axes of them are rows and columns.
+def matrix_axes(
+    params: PyTree, components: Mapping[str, Component], adam: Sequence[str] = ()
+) -> PyTree:
+    """Says for each parameter that Muon trains which of its axes are rows and columns.
 
-    Matrices and kernels, each layer of stacked blocks by itself, but for the config's `adam`.
+    Muon trains matrices and kernels, each layer of stacked blocks by itself.
+
+    **Arguments:**
+
+    - `params`: the trained parameters, by the name of their component.
+    - `adam`: regular expressions of the matrices that AdamW trains all the same.
     """
 
     def axes(entries: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
         name, path = dotted(entries[:1]), dotted(entries[1:])
-        if any(re.match(pattern, f"{name}.{path}") for pattern in config.optimizer.adam):
+        if any(re.match(pattern, f"{name}.{path}") for pattern in adam):
             return None
-        rules = studio.blueprint.family.components[name].rules
+        rules = components[name].rules
         stacked = logical_axes(path, leaf.ndim, rules).count("layers") if leaf.ndim > 1 else 0
         own = tuple(range(stacked, leaf.ndim))
         return None if len(own) < 2 else MuonDimensionNumbers(own[1:], own[0])
 
-    params = eqx.filter(studio.modules, studio.trained)
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,4 +1,4 @@
-"""States on disk: safetensors of every array, written whole or not at all."""
+"""Training states on disk: one safetensors file of all arrays, written whole or not at all."""
 
 import json
 import os
@@ -28,14 +28,14 @@ ARRAYS, FACTS = "state.safetensors", "state.json"
 def save_state(
     folder: str | os.PathLike[str], step: int, state: Any, facts: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Writes `folder/step-NNNNNNNN` with all arrays of a PyTree, and removes all but the last few.
+    """Writes all arrays of a PyTree to `folder/step-NNNNNNNN`, and removes old states.
 
     **Arguments:**
 
-    - `facts`: JSON to go with it.
-    - `keep`: how many states stay.
+    - `facts`: JSON that is written beside the arrays.
+    - `keep`: the number of states that stay.
 
-    **Raises:** `CheckpointError` where it cannot be written; what was there before stays.
+    **Raises:** `CheckpointError` where the state cannot be written; earlier states stay.
     """
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
@@ -60,14 +60,14 @@ def save_state(
 
 
 def saved_states(folder: str | os.PathLike[str]) -> list[Path]:
-    """The states in a folder, the latest last."""
+    """Lists the states in a folder, the latest last."""
     if not Path(folder).is_dir():
         return []
     return sorted(path for path in Path(folder).iterdir() if NAME.fullmatch(path.name))
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a state. **Raises:** `CheckpointError`."""
+    """Reads the facts of a state. **Raises:** `CheckpointError` where the file is damaged."""
     try:
         return json.loads((path / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,9 +75,13 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path, like: State) -> State:
-    """The state in a folder that `save_state` wrote, of the structure and shapes of `like`.
+    """Reads the state in a folder that `save_state` wrote.
 
-    **Raises:** `CheckpointError` where it is damaged or of other names, shapes or dtypes.
+    **Arguments:**
+
+    - `like`: a state of the same structure, shapes and dtypes.
+
+    **Raises:** `CheckpointError` where the file is damaged or has other names, shapes or dtypes.
     """
     source = SafetensorsFile(path / ARRAYS)
     wanted = leaf_paths(like)

@@ -1,4 +1,4 @@
-"""One step of training: gradients, optimizer, average of the weights."""
+"""One step of training: gradients, optimizer, running average of the weights."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from .._dtypes import at_least_float32, float32_products
 from .._types import PRNGKey, Scalar
 from ..checkpoint.load import dotted
 
@@ -17,8 +18,9 @@ from ..checkpoint.load import dotted
 Metrics = dict[str, Scalar]
 
 Loss = Callable[[PyTree, PyTree, Key[Array, " n"]], tuple[Scalar, Metrics]]
-"""`(model, batch, keys)` to the mean loss of the batch's examples and what else to report. Every
-array of the batch has a leading axis of examples, and there is a key for each."""
+"""`(model, batch, keys)` to the mean loss of the batch's examples and further numbers to report.
+
+Every array of the batch has a leading axis of examples, and there is a key for each example."""
 
 
 class TrainState(eqx.Module):
@@ -26,9 +28,9 @@ class TrainState(eqx.Module):
 
     **Fields:**
 
-    - `step`: the steps made.
-    - `params`: the trained part of the model, in float32; the rest is `None`.
-    - `opt_state`: the optimizer's.
+    - `step`: the number of steps made.
+    - `params`: the trained parameters in float32; the other leaves of the model are `None`.
+    - `opt_state`: the state of the optimizer.
     - `ema`: the running average of `params`, or `None`.
     """
 
@@ -41,15 +43,16 @@ class TrainState(eqx.Module):
     def init(
         cls, params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False
     ) -> Self:
-        """The state before the first step. `params` is widened to float32."""
-        params = jax.tree.map(widen, params)
-        # copies: a state's buffers are given away one by one
-        average = jax.tree.map(lambda x: x.copy(), params) if ema else None
+        """Makes the state before the first step. It shares no buffer with `params`, because a step
+        gives the buffers of its state away, each of which must exist once.
+        """
+        params = jax.tree.map(widened_copy, params)
+        average = jax.tree.map(widened_copy, params) if ema else None
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     @property
     def averaged(self) -> PyTree:
-        """The running average of the parameters, or the parameters where there is none."""
+        """The running average of the parameters; the parameters themselves where there is none."""
         return self.params if self.ema is None else self.ema
 
 
@@ -58,12 +61,12 @@ class Task(eqx.Module):
 
     **Fields:**
 
-    - `frozen`: the part of the model that is not trained: `eqx.combine(params, frozen)` is whole.
-    - `loss`: of the whole model; any callable, such as a module with arrays of its own.
-    - `optimizer`: any of Optax.
-    - `key`: of all that is random. Step `n` takes `jax.random.fold_in(key, n)`.
-    - `ema_decay`: how much of the running average stays in a step, in the long run.
-    - `accumulate`: how many parts the batch is cut into, one in memory at a time.
+    - `frozen`: the rest of the model: `eqx.combine(params, frozen)` is the whole.
+    - `loss`: the loss of the whole model; any callable, such as a module with arrays of its own.
+    - `optimizer`: any optimizer of Optax.
+    - `key`: the source of all random numbers. Step `n` takes `jax.random.fold_in(key, n)`.
+    - `ema_decay`: the share of the running average that stays in a step, in the long run.
+    - `accumulate`: the number of parts that a batch is cut into, one in memory at a time.
     """
 
     frozen: PyTree
@@ -74,15 +77,15 @@ class Task(eqx.Module):
     accumulate: int = eqx.field(static=True, default=1)
 
 
-def widen(x: Array) -> Float[Array, "..."]:
-    """Float32 master weights of narrower ones."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def widened_copy(x: Array) -> Float[Array, "..."]:
+    """Copies an array in at least float32, also where its dtype stays the same."""
+    return jnp.array(x, at_least_float32(x.dtype), copy=True)
 
 
 def select(model: PyTree, patterns: Sequence[str]) -> PyTree:
-    """Which leaves to train, as a filter for `eqx.partition`.
+    """Selects the leaves to train, as a filter for `eqx.partition`.
 
-    Those floating point arrays of which the start of the dotted path, such as
+    A floating point array is selected where the start of its dotted path, such as
     `transformer.proj_out.weight`, matches one of the regular expressions.
 
     **Raises:** `ValueError` for an expression that matches nothing.
@@ -105,9 +108,9 @@ def select(model: PyTree, patterns: Sequence[str]) -> PyTree:
 def gradients(
     task: Task, params: PyTree, batch: PyTree, keys: Key[Array, " n"]
 ) -> tuple[PyTree, Scalar, Metrics]:
-    """The gradients of the mean loss, the loss, and what else it reports.
+    """Returns the gradients of the mean loss, the loss, and the further numbers that it reports.
 
-    With `task.accumulate` the same up to rounding, in as many parts.
+    `task.accumulate` parts give the same numbers as the whole batch, up to rounding.
 
     **Raises:** `ValueError` where the batch cannot be cut into so many parts.
     """
@@ -138,15 +141,15 @@ def gradients(
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(task: Task, state: TrainState, batch: PyTree) -> tuple[TrainState, Scalar, Metrics]:
-    """One step. The buffers of `state` and `batch` are given away.
+    """Makes one step. It gives the buffers of `state` and `batch` away: do not use them again.
 
-    **Returns:** the next state, the loss before the step, and what else the loss reports, with the
-    L2 norm of the gradients as `"gradient"`.
+    **Returns:** the next state, the loss before the step, and the further numbers that the loss
+    reports, with the L2 norm of the gradients as `"gradient"`.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(task.key, state.step), count)
     grads, loss, metrics = gradients(task, state.params, batch, keys)
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), float32_products(jnp.float32):
         updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     metrics = {**metrics, "gradient": l2_norm(grads)}
@@ -157,16 +160,17 @@ def train_step(task: Task, state: TrainState, batch: PyTree) -> tuple[TrainState
 
 
 def l2_norm(tree: PyTree) -> Scalar:
-    """The L2 norm of all numbers of a PyTree."""
+    """Returns the L2 norm of all numbers of a PyTree."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def ema_rate(decay: float, step: Int[Array, ""]) -> Scalar:
-    """How much of the average stays in a step: little at first, when it is far from converged."""
+    """Returns the share of the average that stays in a step: little in the first steps, in which
+    the weights change most."""
     step = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
 def average(ema: PyTree, params: PyTree, rate: Scalar) -> PyTree:
-    """`rate` times the average and the rest of the parameters."""
+    """Returns `rate` times the average plus `1 - rate` times the parameters."""
     return jax.tree.map(lambda e, p: e + (1 - rate).astype(e.dtype) * (p - e), ema, params)

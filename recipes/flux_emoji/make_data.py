@@ -1,4 +1,4 @@
-"""Makes the pictures, captions and tokenizers that `flux-emoji` is trained on.
+"""Makes the pictures, captions and tokenizers to train `flux-emoji`.
 
     apt install fonts-noto-color-emoji
     python recipes/flux_emoji/make_data.py runs/emoji
@@ -26,7 +26,7 @@ from eqxdiff.text.tokenizer import CLIP_WORDS
 
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-FONT_SIZE = 109  # the only one that a font of bitmaps has
+FONT_SIZE = 109  # the only size of this font, which holds bitmaps
 SIZE = 64
 EMOJI_SIZE = 52
 HELD_OUT = 100
@@ -66,7 +66,7 @@ CLIP_VOCABULARY = 2000
 
 
 class Emoji(NamedTuple):
-    """One of the set: its character, its CLDR name, and what else it is called."""
+    """An emoji of the set: its character, its CLDR name and its other names."""
 
     character: str
     name: str
@@ -74,7 +74,7 @@ class Emoji(NamedTuple):
 
 
 def read_emoji() -> list[Emoji]:
-    """The set, in the order of the list."""
+    """Reads the set, in the order of the list."""
     with open(Path(__file__).parent / "emoji.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     others = lambda row: tuple(filter(None, row["other names"].split("|")))
@@ -82,14 +82,14 @@ def read_emoji() -> list[Emoji]:
 
 
 def held_out_pairs(emoji: list[Emoji]) -> list[tuple[str, str]]:
-    """The names and colours never seen together in training, each emoji at most once."""
+    """Draws the pairs of a name and a colour that training never sees, each emoji at most once."""
     chooser = random.Random(SEED)
     chosen = sorted(chooser.sample(range(len(emoji)), HELD_OUT))
     return [(emoji[i].name, chooser.choice(list(COLOURS))) for i in chosen]
 
 
 def captions(emoji: Emoji, colour: str) -> list[str]:
-    """What a picture may be called; the first is the one that the measure asks for."""
+    """Lists the captions of a picture. `benchmarks/emoji_measure.py` asks for the first."""
     found = []
     for name in (emoji.name, *emoji.others):
         for template in TEMPLATES:
@@ -99,13 +99,14 @@ def captions(emoji: Emoji, colour: str) -> list[str]:
 
 
 def with_article(name: str) -> str:
+    """Puts "a" or "an" before the name of something that can be counted."""
     if name in UNCOUNTED:
         return name
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
 
 
 def draw(character: str, colour: tuple[int, int, int], font: ImageFont.FreeTypeFont) -> Image.Image:
-    """The emoji in the middle of a square of one colour."""
+    """Draws the emoji in the middle of a square of one colour."""
     canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
     ImageDraw.Draw(canvas).text((20, 20), character, font=font, embedded_color=True)
     box = canvas.getbbox()
@@ -121,7 +122,10 @@ def draw(character: str, colour: tuple[int, int, int], font: ImageFont.FreeTypeF
 
 
 def write_pictures(folder: Path, emoji: list[Emoji], held_out: set[tuple[str, str]]) -> list[str]:
-    """The pictures of all pairs but those held out, and their `metadata.jsonl`."""
+    """Writes the pictures of all pairs that are not held out, and their `metadata.jsonl`.
+
+    **Returns:** the captions of all pictures.
+    """
     font = ImageFont.truetype(FONT, FONT_SIZE)
     folder.mkdir(parents=True)
     lines, texts = [], []
@@ -138,7 +142,7 @@ def write_pictures(folder: Path, emoji: list[Emoji], held_out: set[tuple[str, st
 
 
 def clip_files(texts: list[str]) -> dict[str, str]:
-    """A CLIP tokenizer: pairs of bytes that are frequent in the texts."""
+    """Trains a CLIP tokenizer: it merges pairs of bytes that are frequent in the texts."""
     files = dict(tiny_text.clip_files())
     *alphabet, start, end = json.loads(files["vocab.json"])
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -161,7 +165,7 @@ def clip_files(texts: list[str]) -> dict[str, str]:
 
 
 def t5_files(texts: list[str]) -> dict[str, str]:
-    """A T5 tokenizer: the words of the texts by frequency, and all printable ASCII."""
+    """Makes a T5 tokenizer: the words of the texts by frequency, and all printable ASCII."""
     files = dict(tiny_text.t5_files())
     backend = json.loads(files["tokenizer.json"])
     letters = {piece: score - 20.0 for piece, score in backend["model"]["vocab"][3:98]}
@@ -181,13 +185,13 @@ def t5_files(texts: list[str]) -> dict[str, str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """The words of a text, those after a blank with the mark that stands for it."""
+    """Splits a text into words. A word after a blank begins with the mark of the blank."""
     words = [re.findall(r"[\w']+|[^\w\s]", word) for word in text.split()]
     return [piece for first, *rest in words for piece in (f"\u2581{first}", *rest)]
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
-    """The configs and tokenizers of the model, without weights."""
+    """Writes the configs and tokenizers of the model, without weights."""
     configs = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
     clip, t5 = clip_files(texts), t5_files(texts)
     configs["text_encoder/config.json"]["vocab_size"] = len(json.loads(clip["vocab.json"]))
