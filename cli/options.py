@@ -1,11 +1,13 @@
-"""Options of the command line from what the models declare."""
+"""Options of the command line from the declarations of the models."""
 
+import copy
 import dataclasses
 import inspect
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Option
@@ -16,39 +18,63 @@ from eqxdiff.models import Declaration, Settings, declarations, settings_classes
 from .order import Order
 
 
+PANELS = ("Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Output")
+"""The panels of the help, in order."""
+
 PER_MODEL = "the model's"
 """The default of an option for which each model has a default of its own."""
+
+VALUES = {bool: "", int: "INT", float: "FLOAT", Path: "FILE", str: "TEXT"}
+"""How the help spells the value of an option of each type."""
+
+SHORT = {"WIDTHxHEIGHT": "WxH"}
+"""Forms of values that would take too much of the help's width."""
 
 
 def signature() -> inspect.Signature:
     """Makes the signature of `eqxdiff generate`: own options, settings, and parts of models."""
     known = settings_classes()
     parameters = [*_own(), *_settings(known), *_parts(known)]
-    panels = ["", "Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Output"]
-    parameters.sort(key=lambda parameter: panels.index(_panel(parameter)))
+    parameters.sort(key=lambda parameter: ("", *PANELS).index(_panel(parameter)))
     return inspect.Signature(parameters)
 
 
 def split(values: Mapping[str, Any]) -> Order:
-    """Makes the order of a command line's values."""
-    names = {name for cls in settings_classes() for name in declarations(cls)}
-    parts = {name for cls in settings_classes() for name in cls.components}
-    own = {n: v for n, v in values.items() if n not in names | parts}
-    settings = {n: parse(n, v) for n, v in values.items() if n in names}
+    """Makes the order of a command line's values.
+
+    **Raises:** `SettingError` where a value is not understood or a setting is given twice.
+    """
+    known = settings_classes()
+    declared = {name: own for cls in known for name, own in declarations(cls).items()}
+    parts = {name for cls in known for name in cls.components}
+    values = dict(values)
+    for alias, name in aliases(known).items():
+        value = values.pop(alias)
+        if value is not None:
+            if values[name] is not None:
+                raise SettingError(f"`{alias}` is another name of `{name}`: give one of them.")
+            values[name] = value
+    own = {n: v for n, v in values.items() if n not in parts and n not in declared}
+    settings = {n: parse(n, v, declared[n].form) for n, v in values.items() if n in declared}
     specs = {n: v for n, v in values.items() if n in parts and v is not None}
     return Order(**own, settings=settings, parts=specs)
 
 
-def parse(name: str, value: Any) -> Any:
+def aliases(known: tuple[type[Settings], ...]) -> dict[str, str]:
+    """Returns the further long names of settings, each with the setting's own."""
+    return {
+        flag: name
+        for cls in known
+        for name, declared in declarations(cls).items()
+        for flag in declared.flags
+        if len(flag) > 1
+    }
+
+
+def parse(name: str, value: Any, form: str | None) -> Any:
     """Reads the value of an option as the setting takes it. **Raises:** `SettingError`."""
     if value is False:
         return None
-    form = next(
-        declared.form
-        for cls in settings_classes()
-        for own, declared in declarations(cls).items()
-        if own == name
-    )
     if form is None or value is None:
         return value
     text = value.strip().lower()
@@ -67,10 +93,8 @@ def parse(name: str, value: Any) -> Any:
 def _own() -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(Order):
         if field.name not in ("settings", "parts"):
-            default = field.default
-            if default is dataclasses.MISSING:
-                default = inspect.Parameter.empty
-            yield _parameter(field.name, field.type, default)
+            hint, option = typing.get_args(field.type)
+            yield _parameter(field.name, hint, option, field.default)
 
 
 def _settings(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
@@ -80,29 +104,29 @@ def _settings(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
         for field in dataclasses.fields(cls):
             own = field.metadata["declaration"]
             declared.setdefault(field.name, []).append((hints[field.name], own, field.default))
+    others = aliases(known)
     for name, each in declared.items():
         hint, own, default = each[0]
+        hint = bool if default is False else _type(hint, own)
+        also = [alias for alias, meant in others.items() if meant == name]
         helps = list(dict.fromkeys(other.help for _, other, _ in each))
-        flags = list(dict.fromkeys(flag for _, other, _ in each for flag in other.flags))
+        helps += [f"Also {spell(alias)}." for alias in also]
+        letters = dict.fromkeys(f for _, other, _ in each for f in other.flags if f not in also)
         absent = list(dict.fromkeys(other.absent for _, other, _ in each if other.absent))
-        names = [spell(name), *(spell(flag) for flag in flags)]
-        shown: Any = absent[0] if len(absent) == 1 else PER_MODEL
-        if default is False:
-            hint, shown = bool, True
         option = Option(
-            *names,
-            help=helps[0] if len(helps) == 1 else " ".join(helps),
+            *(spell(each) for each in (name, *letters)),
+            help=" ".join(helps),
             rich_help_panel=own.panel,
-            show_default=shown,
-            metavar=own.form,
+            show_default=absent[0] if len(absent) == 1 else PER_MODEL,
+            metavar=SHORT.get(own.form or "", own.form),
         )
-        yield _parameter(name, Annotated[_type(hint, own), option], False if hint is bool else None)
+        yield _parameter(name, hint, option, False if hint is bool else None)
+        for alias in also:
+            yield _parameter(alias, hint, Option(spell(alias), hidden=True), None)
 
 
 def _type(hint: Any, declared: Declaration) -> Any:
     """Returns the type of an option for a setting of a type."""
-    if hint is bool:
-        return bool
     if declared.choices is not None:
         return Literal[declared.choices] | None  # pyright: ignore
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -114,11 +138,12 @@ def _parts(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
     for name in dict.fromkeys(name for cls in known for name in cls.components):
         option = Option(
             spell(name),
-            help=f"Another {name}: a file, folder, repository or REPOSITORY:FILE.",
+            help=f"Read the {name} from a file, folder, repository or REPOSITORY:FILE.",
             rich_help_panel="Weights",
             show_default="the model's own",
+            metavar="SPEC",
         )
-        yield _parameter(name, Annotated[str | None, option], None)
+        yield _parameter(name, str | None, option, None)
 
 
 def spell(name: str) -> str:
@@ -126,9 +151,37 @@ def spell(name: str) -> str:
     return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, hint: Any, option: Any, default: Any) -> inspect.Parameter:
+    """Makes a parameter of the command. Its help ends with its choices and its default."""
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+    if default is dataclasses.MISSING:
+        annotation = Annotated[hint, option]
+        return inspect.Parameter(name, kind, annotation=annotation)
+    option = copy.copy(option)
+    kinds = _flat(hint)
+    choices = [each for each in kinds if isinstance(each, str)]
+    if choices:
+        option.metavar = choices[0] if len(choices) == 1 else "NAME"
+    elif option.metavar is None:
+        option.metavar = VALUES[kinds[0]]
+    if len(choices) > 1:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        option.help = f"{option.help.removesuffix('.')}: {listed}."
+    if not option.hidden:
+        told = option.show_default
+        if not isinstance(told, str) or hint is bool:
+            told = "off" if default is False else f"{default:g}" if hint is float else str(default)
+        option.help = f"{option.help} [default: {told}]"
+    option.show_default = False
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, option])
+
+
+def _flat(hint: Any) -> list[Any]:
+    """Lists the types and values that a type is made of, but for `None`."""
+    args = typing.get_args(hint)
+    if not args:
+        return [] if hint is type(None) else [hint]
+    return [each for arg in args for each in _flat(arg)]
 
 
 def _panel(parameter: inspect.Parameter) -> str:

@@ -38,7 +38,8 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
         raise SourceError(f"The picture {path} cannot be read: it has too many pixels.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "is it one?"
+        told = isinstance(error, OSError) and error.strerror
+        why = f"{error.strerror}." if told else "is it one?"
         raise SourceError(f"The picture {path} cannot be read: {why}") from None
 
 

@@ -157,6 +157,6 @@ def check_noise(name: str, noise: Any, shape: tuple[int, ...]) -> None:
     """**Raises:** `SettingError` where injected noise is misshapen or not finite."""
     noise = np.asarray(noise)
     if noise.shape != shape:
-        raise SettingError(f"The `{name}` has the shape {noise.shape}; these images need {shape}.")
+        raise SettingError(f"`{name}` has the shape {noise.shape}; these images need {shape}.")
     if not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
-        raise SettingError(f"The `{name}` is not made of finite floating point numbers.")
+        raise SettingError(f"`{name}` is not made of finite floating point numbers.")
