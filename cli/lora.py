@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from .helptext import documented
 from .tables import table
 
 
@@ -27,6 +28,7 @@ MOST_TARGETS = 40
 
 
 @app.command()
+@documented
 def inspect(
     file: Annotated[str, Argument(help="A file, a repository or REPOSITORY:FILE.")],
     revision: Annotated[
@@ -95,12 +97,17 @@ def describe(adapter: "Adapter") -> dict[str, Any]:
 
 
 @app.command()
+@documented
 def merge(
     model: Annotated[str, Argument(help="The model, such as sdxl; `eqxdiff models` lists them.")],
     output: Annotated[Path, Argument(help="A folder that does not exist yet.")],
     lora: Annotated[
         list[str],
-        Option("--lora", help="SPEC[@SCALE], as for `eqxdiff generate --lora`. May be repeated."),
+        Option(
+            "--lora",
+            metavar="SPEC@SCALE",
+            help="Merge a LoRA, as for `eqxdiff generate --lora`. May be repeated.",
+        ),
     ],
     lora_partial: Annotated[
         bool, Option("--lora-partial", help="Accept LoRAs with tensors that do not fit the model.")
@@ -143,6 +150,7 @@ def merge(
 
 
 @app.command()
+@documented
 def extract(
     model: Annotated[str, Argument(help="The model that both are, such as sdxl.")],
     base: Annotated[str, Argument(help="A folder in the diffusers layout, or a repository.")],

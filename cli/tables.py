@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 
-Json = Annotated[bool, Option("--json", help="As a JSON list.")]
+Json = Annotated[bool, Option("--json", help="Print a JSON list.")]
 
 
 def models(as_json: Json = False) -> None:
