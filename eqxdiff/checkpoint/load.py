@@ -25,7 +25,7 @@ from .table import Table
 Module = TypeVar("Module")
 
 FILE = "file"
-"""In place of a dtype: every leaf keeps what it has in the file."""
+"""Stands for the dtypes of the file where a dtype is asked for."""
 
 Change = Callable[[str, np.ndarray, Box, Callable[[str, Box], np.ndarray]], None]
 """Changes a box of a leaf in place before it goes to its device: `change(path, buffer, box, read)`.
@@ -41,7 +41,7 @@ MOST_THREADS = 8
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
-    """The arrays of a PyTree (or its `jax.ShapeDtypeStruct`s) by dotted path.
+    """Returns the arrays of a PyTree (or its `jax.ShapeDtypeStruct`s) by dotted path.
 
     A path joins attribute names, tuple indices and dictionary keys: `blocks.0.norm.weight`.
     """
@@ -169,7 +169,7 @@ def load_module(
 def _leaf_dtype(
     own: np.dtype, wanted: DTypeLike | None, source: AbstractTensorSource, moves: Sequence[Move]
 ) -> np.dtype:
-    """What a leaf is kept in; `own` is the dtype that it has in the skeleton."""
+    """Returns the dtype that a leaf is kept in; `own` is its dtype in the skeleton."""
     if wanted is None or not jax.numpy.issubdtype(own, jax.numpy.floating):
         return own
     if not (isinstance(wanted, str) and wanted == FILE):
@@ -223,7 +223,7 @@ def _load_leaf(
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that a CPU device can take over as it is.
+    """Makes an uninitialised array that a CPU device can take over as it is.
 
     Where it is large it lies in huge pages if the system has them: faulting in the usual ones takes
     several times as long as reading the file does.
@@ -267,7 +267,7 @@ class Reader:
         self._threads.shutdown(cancel_futures=True)
 
     def fill(self, plan: Plan, leaf: str, index: Box, dtype: np.dtype) -> np.ndarray:
-        """The box `index` of a leaf."""
+        """Reads the box `index` of a leaf."""
         buffer = aligned_empty(tuple(stop - start for start, stop in index), dtype)
         for layer, value in plan.fills.get(leaf, ()):
             _layer(buffer, layer, index)[0][...] = dtype.type(value)
@@ -286,7 +286,7 @@ class Reader:
         return buffer
 
     def _tasks(self, move: Move, out: np.ndarray, box: Box) -> list[Callable[[], int]]:
-        """Work that fills `out` with a box of what a move yields, in coordinates of its `ours`.
+        """Returns tasks that fill `out` with a box of a move's rows, in coordinates of its `ours`.
 
         Each task returns how many bytes it has filled.
         """
@@ -340,7 +340,7 @@ class Reader:
 
 
 def _layer(buffer: np.ndarray, layer: int | None, index: Box) -> tuple[np.ndarray, Box]:
-    """The part of a leaf's box that belongs to a layer, and that part's bounds in the layer."""
+    """Returns the part of a leaf's box that belongs to a layer, and the part's bounds in it."""
     if layer is None:
         return buffer, index
     start, stop = index[0]
@@ -350,7 +350,7 @@ def _layer(buffer: np.ndarray, layer: int | None, index: Box) -> tuple[np.ndarra
 
 
 def _overlap(move: Move, target: np.ndarray, box: Box) -> tuple[np.ndarray, Box] | None:
-    """What a move gives to `target`, the box of a layer: where it goes, and bounds in `ours`."""
+    """Returns the rows of `target`, the box of a layer, that a move fills, and bounds in `ours`."""
     if not box:
         return target, box
     start, stop = max(move.low, box[0][0]), min(move.high, box[0][1])
@@ -361,7 +361,7 @@ def _overlap(move: Move, target: np.ndarray, box: Box) -> tuple[np.ndarray, Box]
 
 
 def check_copies(source: AbstractTensorSource, plan: Plan, name: str) -> None:
-    """A tensor under two names in one file must be the same tensor.
+    """Checks that a tensor under two names in one file is the same tensor.
 
     **Raises:** `CheckpointError`.
     """

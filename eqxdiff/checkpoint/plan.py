@@ -26,7 +26,7 @@ class Move:
 
     The tensor's rows `start:stop` have shape `theirs`; reshaped to `between`, transposed by `axes`
     and multiplied by `scale` they are the rows `low:high` of the leaf, with shape `ours`.
-    Something without axes has no rows: its bounds are 0 and 1.
+    A tensor without axes has no rows: its bounds are 0 and 1.
     """
 
     tensor: str
@@ -43,7 +43,7 @@ class Move:
     scale: float | None = None
 
     def to_theirs(self, piece: np.ndarray) -> np.ndarray:
-        """Ours to theirs: what loading does, undone."""
+        """Undoes what loading does to these rows."""
         if self.scale is not None:
             scaled = np.empty(piece.shape, piece.dtype)
             cast(piece, scaled, self.tensor, self.scale, undo=True)
@@ -59,7 +59,8 @@ class Plan:
 
     - `moves`: leaf name -> the moves that fill it, which cover each element once.
     - `shapes`: tensor name -> the shape that it must have, for each tensor that is used.
-    - `fills`: leaf name -> the layers (or `None`: all of it) and values for want of a tensor.
+    - `fills`: leaf name -> the layers without a tensor (`None`: the whole leaf), each with the
+      value that fills it.
     - `copies`: tensor name -> the tensor that it must equal, for a second spelling in one file.
     """
 
@@ -154,7 +155,7 @@ def _sites(table: Table, leaves: Mapping[str, Shape]) -> dict[str, _Site]:
 def _rows_of(
     table: Table, path: str, shape: Shape, parts: int, choice: int
 ) -> tuple[Shape, Shape, Shape]:
-    """The shapes of one of `parts` equal parts of a leaf: `(theirs, between, ours)`.
+    """Returns the shapes of one of `parts` equal parts of a leaf: `(theirs, between, ours)`.
 
     `choice` says which of the reshapes that a row allows is meant.
     """
@@ -190,7 +191,7 @@ def _move(
     tensor: str,
     file: Mapping[str, Shape] | None,
 ) -> tuple[Move, Shape]:
-    """One move, and the shape of the whole tensor; of several reshapes that which fits the file."""
+    """Returns a move and the shape of its whole tensor, by the first reshape that fits the file."""
     first = _move_by(table, sites, path, use, tensor, 0)
     if file is not None and tensor in file:
         for choice in range(1, len(table.reshapes_of(path))):
@@ -240,7 +241,7 @@ def _extent(
     siblings: Iterable[tuple[str, int]],
     choice: int,
 ) -> int:
-    """How many rows of a tensor the siblings of a leaf take."""
+    """Counts the rows of a tensor that the siblings of a leaf take."""
     total = 0
     for sibling, parts in siblings:
         if sibling not in sites:
@@ -260,7 +261,7 @@ def _check_cover(
     rows: Mapping[str, list[tuple[int, int]]],
     shapes: Mapping[str, Shape],
 ) -> None:
-    """Each row of each tensor and of each leaf is in one move: else the table is at fault."""
+    """Checks that each row of each tensor and of each leaf is in one move. Tables see to this."""
     for tensor, spans in rows.items():
         if not _tiles(spans, shapes[tensor]):
             raise ValueError(f"{table.name}.toml: {tensor} is not used exactly once: {spans}")
@@ -317,7 +318,7 @@ def _is_index(segment: str) -> bool:
 
 
 def condense(names: Collection[str], universe: Collection[str]) -> list[str]:
-    """Few lines for many names: whole branches of `universe` as `branch.*`, layers as `{0-18}`."""
+    """Lists names in few lines: whole branches of `universe` as `branch.*`, layers as `{0-18}`."""
     total = Counter(branch for name in universe for branch in _branches(name))
     ours = Counter(branch for name in names for branch in _branches(name))
     labels: Counter[str] = Counter()
@@ -343,12 +344,12 @@ def _shorten(lines: list[str]) -> list[str]:
 
 
 def _branches(name: str) -> list[str]:
-    """`a.b.c` lies on the branches `a` and `a.b`, the longer last."""
+    """Lists the branches of a name: `a` and `a.b` of `a.b.c`."""
     return [name[: match.start()] for match in re.finditer(r"\.", name)]
 
 
 def _merge(labels: list[str]) -> str:
-    """`a.0.b`, `a.1.b` -> `a.{0-1}.b`."""
+    """Merges `a.0.b` and `a.1.b` to `a.{0-1}.b`."""
     columns = zip(*(label.split(".") for label in labels), strict=True)
     merged = []
     for column in columns:

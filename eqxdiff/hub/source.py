@@ -35,7 +35,7 @@ NETWORK_ERRORS = (
     errors.HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     errors.OfflineModeIsEnabled,
 )
-"""What the library's HTTP client raises when there is no answer; which client it is depends on the
+"""The errors of the library's HTTP client when there is no answer. The client depends on the
 library's version."""
 
 MOST_DOWNLOADS = 4
@@ -50,29 +50,29 @@ class AbstractStore(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What errors call it."""
+        """The name that errors call it by."""
 
     @property
     @abc.abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """What tells these files from others."""
+        """Facts that tell these files from others."""
 
     @property
     @abc.abstractmethod
     def hint(self) -> str:
-        """Why a file might be missing, as the end of an error, or nothing."""
+        """The end of an error, which says why a file might be missing; or nothing."""
 
     @abc.abstractmethod
     def exists(self, file: str) -> bool:
-        """Whether there is such a file, without fetching it."""
+        """Tells whether there is such a file, without fetching it."""
 
     @abc.abstractmethod
     def files(self, folder: str) -> list[str]:
-        """The names of the files in a folder, none where there is no such folder."""
+        """Lists the names of the files in a folder: none where there is no such folder."""
 
     @abc.abstractmethod
     def paths(self, files: Sequence[str]) -> list[Path]:
-        """Where the files are on disk, fetching what is not there. **Raises:** `SourceError`."""
+        """Fetches files that are not on disk; returns their paths. **Raises:** `SourceError`."""
 
 
 class Folder(AbstractStore):
@@ -125,7 +125,7 @@ class Repository(AbstractStore):
         offline: bool | None,
         first: str = INDEX,
     ):
-        """**Raises:** `SourceError`, also where there is no file `first`."""
+        """Fetches the file `first`. **Raises:** `SourceError`, also where there is no such file."""
         self._repository, self._revision = repository, revision
         self._offline = constants.HF_HUB_OFFLINE if offline is None else offline
         # The first file is asked for by the branch or tag, so that the cache remembers its commit.
@@ -176,7 +176,7 @@ class Repository(AbstractStore):
         return Path(path)
 
     def _list(self) -> list[str] | None:
-        """Every file of the commit; `None` where the Hub cannot be reached."""
+        """Lists every file of the commit; `None` where the Hub cannot be reached."""
         api = huggingface_hub.HfApi(library_name="eqxdiff")
         try:
             return api.list_repo_files(self._repository, revision=self._commit)
@@ -192,10 +192,10 @@ class Repository(AbstractStore):
 def explain(
     error: Exception, repository: str, revision: str | None, file: str, *, offline: bool
 ) -> Exception:
-    """The one clear sentence for an exception of `huggingface_hub`, or the exception itself.
+    """Turns an exception of `huggingface_hub` into one clear sentence, or returns it as it is.
 
     The Hub answers 401 to an anonymous and 403 to a known user; a gated repository has the error
-    code `GatedRepo`, and what a token lacks is told in the text alone.
+    code `GatedRepo`, and only the text says what a token lacks.
     """
     page = f"https://huggingface.co/{repository}"
     tokens = "https://huggingface.co/settings/tokens"
@@ -302,17 +302,17 @@ class Source:
         return self._store.identity
 
     def exists(self, file: str) -> bool:
-        """Whether there is such a file; it is not downloaded."""
+        """Tells whether there is such a file; it is not downloaded."""
         return self._store.exists(file)
 
     def path(self, file: str) -> Path:
-        """Where a file is on disk, downloaded if need be. **Raises:** `SourceError`."""
+        """Returns a file on disk, downloaded if need be. **Raises:** `SourceError`."""
         if not self._store.exists(file):
             raise SourceError(f"{self.name} has no {file}{self._store.hint}.")
         return self._store.paths([file])[0]
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """**Raises:** `SourceError` where it is missing, `ConfigError` where it is no object."""
+        """Reads a JSON object. **Raises:** `SourceError` where it is missing, `ConfigError`."""
         path = self.path(file)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -325,7 +325,7 @@ class Source:
         return fields
 
     def folder(self, part: str) -> Path:
-        """A component's folder on disk, with all its files but the weights.
+        """Fetches all files of a component but its weights, and returns their folder on disk.
 
         **Raises:** `SourceError`.
         """
@@ -335,7 +335,7 @@ class Source:
         return self._store.paths([_within(part, name) for name in files])[0].parent
 
     def weight_files(self, part: str, *, variant: str | None = None) -> list[str]:
-        """The safetensors file of a component, or the index of its shards and then the shards.
+        """Names the safetensors file of a component, or the index of its shards and the shards.
 
         **Arguments:**
 
@@ -374,7 +374,7 @@ class Source:
         return [_within(part, name) for name in (choice, *shards)]
 
     def tensors(self, part: str, *, variant: str | None = None) -> AbstractTensorSource:
-        """The weights of a component, downloaded if need be.
+        """Opens the weights of a component, downloaded if need be.
 
         **Arguments:** as of `weight_files`.
 

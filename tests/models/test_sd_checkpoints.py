@@ -14,7 +14,6 @@ from helpers import MANIFESTS, read_manifest
 
 from eqxdiff.checkpoint import check, read_table
 from eqxdiff.models import find_model
-from eqxdiff.text import tiny
 
 
 MODELS = {
@@ -75,7 +74,8 @@ def published(model: str) -> dict[str, dict]:
     configs = {"unet": unet, "vae": vae, "controlnet": test_controlnet.published(unet)}
     for name in ("text_encoder", "text_encoder_2"):
         if name in manifests(model):
-            configs[name] = dict(tiny.clip_config(**COMMON, **CLIP[manifests(model)[name]]))
+            example = json.loads(find_model(model)[0].example(model)[f"{name}/config.json"])
+            configs[name] = {**example, **COMMON, **CLIP[manifests(model)[name]]}
     return configs
 
 

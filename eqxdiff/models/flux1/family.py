@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 from ...sampling import parse_flow_config
@@ -14,9 +15,10 @@ from ...text import (
     rules as text_rules,
 )
 from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .._example import read_example
 from .._family import Component, Family, Preset
 from .._index import read_index
-from . import embedded, forms, rules, tiny
+from . import embedded, forms, rules
 from .config import TransformerConfig
 from .files import FILES
 from .lora import LORA
@@ -57,11 +59,6 @@ def parse_index(fields: Mapping[str, Any]) -> None:
     )
 
 
-def example(model: str) -> Mapping[str, str]:
-    """Returns the texts of a tiny checkpoint, by path."""
-    return tiny.files(guidance_embeds=model == "flux-dev")
-
-
 FLUX1 = Family(
     name="flux1",
     settings=FluxSettings,
@@ -92,7 +89,7 @@ FLUX1 = Family(
     parse_index=parse_index,
     parse_scheduler=partial(parse_flow_config, name="scheduler/scheduler_config.json"),
     bind=bind,
-    example=example,
+    example=partial(read_example, files("eqxdiff.models.flux1") / "example.json"),
     files=FILES,
     lora=LORA,
 )

@@ -2,17 +2,18 @@
 
 import dataclasses
 from functools import partial
+from importlib.resources import files
 
 from ...sampling import parse_discrete_config
 from ...text import CLIPTextConfig, CLIPTextModel, forms as text_forms, rules as text_rules
 from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .._example import read_example
 from .._family import Component, Family, Preset
 from ..unet import forms as unet_forms
 from ..unet.config import UNetConfig
 from ..unet.model import CONTROL_COMPONENT, control_config
 from ..unet.network import UNet
 from ..unet.rules import UNET
-from . import tiny
 from .config import parse_index
 from .files import FILES
 from .lora import LORA
@@ -98,7 +99,7 @@ STABLE_DIFFUSION_XL = Family(
     parse_index=parse_index,
     parse_scheduler=partial(parse_discrete_config, name="scheduler/scheduler_config.json"),
     bind=bind,
-    example=tiny.files,
+    example=partial(read_example, files("eqxdiff.models.sdxl") / "example.json"),
     files=FILES,
     lora=LORA,
     controlnet=CONTROL_COMPONENT,
