@@ -16,9 +16,14 @@ PANELS = ["Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Outpu
 
 
 @pytest.fixture(scope="module")
-def parameters():
-    """The options and the argument of the command, as Typer knows them."""
-    program = importlib.import_module("eqxdiff.cli.app")._program(["generate"])
+def program():
+    """All commands, as Typer knows them."""
+    return importlib.import_module("eqxdiff.cli.app")._program(["generate"])
+
+
+@pytest.fixture(scope="module")
+def parameters(program):
+    """The options and the argument of `eqxdiff generate`."""
     return program.commands["generate"].params
 
 
@@ -49,10 +54,22 @@ def test_every_setting_is_an_option_and_every_option_is_declared(parameters):
 def test_every_option_has_a_panel_and_tells_its_default(parameters):
     shown = [parameter for parameter in parameters[1:] if not parameter.hidden]
     assert list(dict.fromkeys(option.rich_help_panel for option in shown)) == PANELS
-    for option in shown:
-        assert re.fullmatch(r"[A-Z].*\. \[default: [^\[\]]+\]", option.help), option.help
-        assert "The same" not in option.help
     assert "[default: 1]" in next(o for o in shown if o.name == "num_images").help
+
+
+def test_the_help_of_every_command_is_sentences_with_defaults(program):
+    commands = {**program.commands, **program.commands["lora"].commands}
+    commands.pop("lora")
+    for name, command in commands.items():
+        assert command.help.endswith("."), name
+        for option in command.params:
+            told = option.help or ""
+            assert "The same" not in told
+            if option.param_type_name == "argument" or option.required:
+                assert re.fullmatch(r"[A-Z].*\.", told), (name, option.name)
+            elif not option.hidden:
+                pattern = r"[A-Z].*\. \[default: [^\[\]]+\]"
+                assert re.fullmatch(pattern, told), (name, option.name)
 
 
 @pytest.mark.parametrize("columns", [80, 200])
