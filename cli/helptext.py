@@ -21,8 +21,10 @@ EMPTY = (inspect.Parameter.empty, dataclasses.MISSING)
 
 def documented(command: Command) -> Command:
     """Documents the options of a command in its signature, and returns the command."""
-    parameters = inspect.signature(command).parameters.values()
-    each = [parameter(p.name, *typing.get_args(p.annotation)[:2], p.default) for p in parameters]
+    each = []
+    for own in inspect.signature(command).parameters.values():
+        hint, option = typing.get_args(own.annotation)
+        each.append(parameter(own.name, hint, option, own.default))
     command.__signature__ = inspect.Signature(each)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
