@@ -19,6 +19,7 @@ from eqxdiff import EqxdiffError
 
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
+from .helptext import documented
 from .inspect import inspect
 from .lora import app as lora
 from .tables import models, samplers
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 app.command(help=HELP)(generate)
 for command in (convert, inspect, models, samplers, train, random):
-    app.command()(command)
+    app.command()(documented(command))
 app.add_typer(lora, name="lora")
 
 UsageError: Any = typer.BadParameter.__base__

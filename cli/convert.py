@@ -23,22 +23,28 @@ def convert(
     to: Annotated[
         Layout | None,
         Option(
-            help="Layout to write; by default a single file where DST ends in .safetensors, else a "
-            "diffusers folder."
+            help="Write this layout.",
+            show_default="single-file where DST ends in .safetensors, else diffusers",
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, Option(help="Dtype of the weights; by default each tensor keeps its own.")
+        Dtype | None,
+        Option(help="Write the weights in this type.", show_default="each tensor's own"),
     ] = None,
     model: Annotated[
         str | None,
-        Option(help="Name of the model, such as sd21-base; by default the header tells it."),
+        Option(
+            help="The name of the model, such as sd21-base.",
+            metavar="NAME",
+            show_default="as the header tells",
+        ),
     ] = None,
     configs: Annotated[
         str | None,
         Option(
-            help="Folder or repository with the configs of a single file; by default the model's "
-            "own repository."
+            help="Take the configs of a single file from this folder or repository.",
+            metavar="SPEC",
+            show_default="the model's own repository",
         ),
     ] = None,
     complete: Annotated[
@@ -49,14 +55,19 @@ def convert(
     ] = False,
     only: Annotated[
         str | None,
-        Option(help="Write only this component, such as transformer, to the single file."),
+        Option(
+            help="Write only this component, such as transformer, to the single file.",
+            metavar="NAME",
+            show_default="all components",
+        ),
     ] = None,
     pickle: Annotated[
         bool,
         Option("--pickle", help="Allow pickles (.ckpt, .bin): only their tensors are read."),
     ] = False,
     revision: Annotated[
-        str | None, Option(help="Branch, tag or commit of SRC, by default its main branch.")
+        str | None,
+        Option(help="Use this branch, tag or commit of SRC.", metavar="NAME", show_default="main"),
     ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Check everything and list the files, but write nothing.")

@@ -19,7 +19,11 @@ def inspect(
     ],
     revision: Annotated[
         str | None,
-        Option(help="Branch, tag or commit of a repository, by default its main branch."),
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
     ] = None,
     pickle: Annotated[
         bool, Option("--pickle", help="Allow pickles: only their tensors are read.")

@@ -159,7 +159,7 @@ def open_pictures(order: Order) -> dict[str, Any]:
     pictures = {}
     for name, path in picture_files(order).items():
         try:
-            pictures[name] = read_picture(path)
+            pictures[name] = read_picture(path, name)
         except SourceError as error:
             raise SourceError(f"`{name}`: {error}") from None
     return pictures

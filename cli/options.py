@@ -1,20 +1,19 @@
 """Options of the command line from the declarations of the models."""
 
-import copy
 import dataclasses
 import inspect
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from typer import Option
 
 from eqxdiff import SettingError
 from eqxdiff.models import Declaration, Settings, declarations, settings_classes
 
+from .helptext import parameter
 from .order import Order
 
 
@@ -24,9 +23,6 @@ PANELS = ("Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Outpu
 PER_MODEL = "the model's"
 """The default of an option for which each model has a default of its own."""
 
-VALUES = {bool: "", int: "INT", float: "FLOAT", Path: "FILE", str: "TEXT"}
-"""How the help spells the value of an option of each type."""
-
 SHORT = {"WIDTHxHEIGHT": "WxH"}
 """Forms of values that would take too much of the help's width."""
 
@@ -35,7 +31,7 @@ def signature() -> inspect.Signature:
     """Makes the signature of `eqxdiff generate`: own options, settings, and parts of models."""
     known = settings_classes()
     parameters = [*_own(), *_settings(known), *_parts(known)]
-    parameters.sort(key=lambda parameter: ("", *PANELS).index(_panel(parameter)))
+    parameters.sort(key=lambda each: ("", *PANELS).index(_panel(each)))
     return inspect.Signature(parameters)
 
 
@@ -94,7 +90,7 @@ def _own() -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(Order):
         if field.name not in ("settings", "parts"):
             hint, option = typing.get_args(field.type)
-            yield _parameter(field.name, hint, option, field.default)
+            yield parameter(field.name, hint, option, field.default)
 
 
 def _settings(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
@@ -117,12 +113,12 @@ def _settings(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
             *(spell(each) for each in (name, *letters)),
             help=" ".join(helps),
             rich_help_panel=own.panel,
-            show_default=absent[0] if len(absent) == 1 else PER_MODEL,
+            show_default=default is False or (absent[0] if len(absent) == 1 else PER_MODEL),
             metavar=SHORT.get(own.form or "", own.form),
         )
-        yield _parameter(name, hint, option, False if hint is bool else None)
+        yield parameter(name, hint, option, False if hint is bool else None)
         for alias in also:
-            yield _parameter(alias, hint, Option(spell(alias), hidden=True), None)
+            yield parameter(alias, hint, Option(spell(alias), hidden=True), None)
 
 
 def _type(hint: Any, declared: Declaration) -> Any:
@@ -143,7 +139,7 @@ def _parts(known: tuple[type[Settings], ...]) -> Iterator[inspect.Parameter]:
             show_default="the model's own",
             metavar="SPEC",
         )
-        yield _parameter(name, str | None, option, None)
+        yield parameter(name, str | None, option, None)
 
 
 def spell(name: str) -> str:
@@ -151,39 +147,6 @@ def spell(name: str) -> str:
     return f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
 
 
-def _parameter(name: str, hint: Any, option: Any, default: Any) -> inspect.Parameter:
-    """Makes a parameter of the command. Its help ends with its choices and its default."""
-    kind = inspect.Parameter.KEYWORD_ONLY
-    if default is dataclasses.MISSING:
-        annotation = Annotated[hint, option]
-        return inspect.Parameter(name, kind, annotation=annotation)
-    option = copy.copy(option)
-    kinds = _flat(hint)
-    choices = [each for each in kinds if isinstance(each, str)]
-    if choices:
-        option.metavar = choices[0] if len(choices) == 1 else "NAME"
-    elif option.metavar is None:
-        option.metavar = VALUES[kinds[0]]
-    if len(choices) > 1:
-        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        option.help = f"{option.help.removesuffix('.')}: {listed}."
-    if not option.hidden:
-        told = option.show_default
-        if not isinstance(told, str) or hint is bool:
-            told = "off" if default is False else f"{default:g}" if hint is float else str(default)
-        option.help = f"{option.help} [default: {told}]"
-    option.show_default = False
-    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, option])
-
-
-def _flat(hint: Any) -> list[Any]:
-    """Lists the types and values that a type is made of, but for `None`."""
-    args = typing.get_args(hint)
-    if not args:
-        return [] if hint is type(None) else [hint]
-    return [each for arg in args for each in _flat(arg)]
-
-
-def _panel(parameter: inspect.Parameter) -> str:
-    (option,) = (each for each in parameter.annotation.__metadata__)
+def _panel(own: inspect.Parameter) -> str:
+    (option,) = own.annotation.__metadata__
     return getattr(option, "rich_help_panel", None) or ""

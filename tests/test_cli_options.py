@@ -16,9 +16,14 @@ PANELS = ["Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Outpu
 
 
 @pytest.fixture(scope="module")
-def parameters():
-    """The options and the argument of the command, as Typer knows them."""
-    program = importlib.import_module("eqxdiff.cli.app")._program(["generate"])
+def program():
+    """All commands, as Typer knows them."""
+    return importlib.import_module("eqxdiff.cli.app")._program(["generate"])
+
+
+@pytest.fixture(scope="module")
+def parameters(program):
+    """The options and the argument of `eqxdiff generate`."""
     return program.commands["generate"].params
 
 
@@ -49,10 +54,22 @@ def test_every_setting_is_an_option_and_every_option_is_declared(parameters):
 def test_every_option_has_a_panel_and_tells_its_default(parameters):
     shown = [parameter for parameter in parameters[1:] if not parameter.hidden]
     assert list(dict.fromkeys(option.rich_help_panel for option in shown)) == PANELS
-    for option in shown:
-        assert re.fullmatch(r"[A-Z].*\. \[default: [^\[\]]+\]", option.help), option.help
-        assert "The same" not in option.help
     assert "[default: 1]" in next(o for o in shown if o.name == "num_images").help
+
+
+def test_the_help_of_every_command_is_sentences_with_defaults(program):
+    commands = {**program.commands, **program.commands["lora"].commands}
+    commands.pop("lora")
+    for name, command in commands.items():
+        assert command.help.endswith("."), name
+        for option in command.params:
+            told = option.help or ""
+            assert "The same" not in told
+            if option.param_type_name == "argument" or option.required:
+                assert re.fullmatch(r"[A-Z].*\.", told), (name, option.name)
+            elif not option.hidden:
+                pattern = r"[A-Z].*\. \[default: [^\[\]]+\]"
+                assert re.fullmatch(pattern, told), (name, option.name)
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -112,39 +129,27 @@ def test_the_tables_of_models_follow_the_declarations(cli):
 @pytest.mark.parametrize(
     ("argv", "message", "told"),
     [
+        ("generate", "`guidance_start` is 2, `steps` 0.", "--guidance-start is 2, --steps 0."),
+        ("generate", "`controls`, `loras`: see `eqxdiff models`", "--control, --lora: see `eqxd"),
         (
-            ["generate"],
-            "`guidance_start` 2 is out of range.",
-            "--guidance-start 2 is out of range.",
+            "generate",
+            "`image` and `mask`, not `compute_dtype`",
+            "--image and --mask, not --compute",
         ),
-        (
-            ["generate"],
-            "`controls` and `loras`: see `eqxdiff models`.",
-            "--control and --lora: see `e",
-        ),
-        (
-            ["generate"],
-            "give `image` and `mask`, not `compute_dtype`",
-            "give --image and --mask, not",
-        ),
-        (
-            ["lora", "extract"],
-            "`rank` 0 is out of range, `loras` too",
-            "--rank 0 is out of range, `lo",
-        ),
-        (["lora", "merge"], "`loras` and `rank`", "--lora and `rank`"),
-        (["train"], "give `resume` or another `output`", "give --resume or another --output"),
-        (["convert"], "name it with `model`, not `steps`", "name it with --model, not `steps`"),
-        (["inspect"], "`model` is unknown; `text`", "`model` is unknown; `text`"),
+        ("lora extract", "`rank` 0 is out of range, `loras` too", "--rank 0 is out of range, `lor"),
+        ("lora merge", "`loras` and `rank`", "--lora and `rank`"),
+        ("train", "`resume` or another `output`", "--resume or another --output"),
+        ("convert", "name it with `model`, not `steps`", "name it with --model, not `steps`"),
+        ("inspect", "`model` is unknown; `text`", "`model` is unknown; `text`"),
     ],
 )
 def test_an_error_names_the_options_of_the_command_that_is_called(argv, message, told):
     flagged = importlib.import_module("eqxdiff.cli.app").flagged
-    assert flagged(message, argv).startswith(told)
+    assert flagged(message, argv.split()).startswith(told)
 
 
 def test_guidance_may_act_on_a_part_of_the_steps(generate):
-    """On the second of two alone, on both, and on neither."""
+    """On the second step of two, or on both, without another program."""
     arguments = ("-p", "a cat", "-s", 3, "--cfg", 4, "-n", "grey")
     runs = {
         "both": generate(*arguments, "-o", "both.png", "--json"),
