@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from eqxdiff import EqxdiffError
+from eqxdiff._errors import printable
 
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
@@ -143,6 +144,8 @@ def flagged(message: str, argv: Sequence[str]) -> str:
 
 
 def _fail(message: str, status: int, as_json: bool) -> int:
+    # A name from a file could control the terminal.
+    message = "\n".join(printable(line) for line in message.split("\n"))
     if as_json:
         print(json.dumps({"event": "error", "message": message}), file=sys.stderr)
     else:

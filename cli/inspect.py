@@ -39,7 +39,7 @@ def inspect(
 
 def describe(portrait: "Portrait") -> str:
     """Returns a portrait in words, in which nothing from a file can control the terminal."""
-    from eqxdiff.tensors import printable
+    from eqxdiff._errors import printable
 
     models = f" ({', '.join(portrait.models)})" if portrait.models else ""
     lines = [

@@ -42,8 +42,8 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="Print JSON, with every target.")] = False,
 ) -> None:
     """Shows a LoRA's format, kinds, ranks, alphas and targets, and the model that it is for."""
+    from eqxdiff._errors import printable
     from eqxdiff.lora import load
-    from eqxdiff.tensors import printable
 
     facts = describe(load(file, revision=revision))
     if as_json:
@@ -140,9 +140,9 @@ def merge(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Writes a model in the diffusers layout with LoRAs in its weights."""
+    from eqxdiff._errors import printable
     from eqxdiff.lora.save import save_merged
     from eqxdiff.pipeline import open_model
-    from eqxdiff.tensors import printable
 
     plan = open_model(
         model, weights, revision=revision, dtype=dtype, loras=lora, lora_partial=lora_partial

@@ -10,6 +10,5 @@ from .source import (
     InMemory as InMemory,
     Subset as Subset,
     TensorInfo as TensorInfo,
-    printable as printable,
     show as show,
 )

@@ -96,13 +96,6 @@ class Subset(AbstractTensorSource):
         self._source.read(name, box, out)
 
 
-def printable(text: str) -> str:
-    """Returns a text from a file without what could control a terminal: that is escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
 def show(name: str) -> str:
     """Returns a name from a file, safe to print and of bounded length."""
     text = name if name.isprintable() and name else ascii(name)
