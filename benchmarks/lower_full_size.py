@@ -13,9 +13,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from eqxdiff.models import Guidance
-from eqxdiff.models.flux1 import Conditioning, Flux1, Transformer, TransformerConfig
-from eqxdiff.sampling import Euler, Flow, State, flow_schedule, step
+from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
+from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
+from eqxdiff.sampling import (
+    Euler,
+    Flow,
+    GuidedDenoiser,
+    State,
+    Unguided,
+    flow_schedule,
+    stack_conditions,
+    step,
+)
 
 
 def lower() -> dict[str, float]:
@@ -27,20 +36,20 @@ def lower() -> dict[str, float]:
     )
     shaped = time.perf_counter()
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    conditioning = Conditioning(array(512, 4096), array(768))
+    condition = FluxCondition(array(512, 4096), array(768))
     schedule, solver = flow_schedule(28), Euler()
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     weights, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
-    def run(weights, x, conditioning, scale, index):
-        modules = {"transformer": eqx.combine(weights, static)}
-        dtype, guidance = jnp.dtype(jnp.bfloat16), Guidance(scale, None)
-        denoiser = Flux1().denoiser(modules, conditioning, None, guidance, (), Flow(), dtype)
+    def run(weights, x, condition, scale, index):
+        transformer, dtype = eqx.combine(weights, static), jnp.dtype(jnp.bfloat16)
+        network = FluxPredictor(transformer, FluxShared(scale), dtype)
+        denoiser = GuidedDenoiser(network, stack_conditions(condition), Unguided(), Flow())
         return step(denoiser, x, State(None, None), schedule, index, solver)[0]
 
     x = jax.ShapeDtypeStruct((128, 128, 16), jnp.float32)
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = jax.jit(run).lower(weights, x, conditioning, scalar, index)
+    lowered = jax.jit(run).lower(weights, x, condition, scalar, index)
     done = time.perf_counter()
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),

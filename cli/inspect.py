@@ -1,4 +1,4 @@
-"""The command that tells what a checkpoint holds."""
+"""The command that lists what a checkpoint holds."""
 
 import dataclasses
 import json
@@ -17,11 +17,20 @@ def inspect(
     source: Annotated[
         str, Argument(metavar="SRC", help="A file, folder, Hub repository or REPOSITORY:FILE.")
     ],
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a repository.")] = None,
-    pickle: Annotated[bool, Option("--pickle", help="Look into a pickle, too.")] = False,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    revision: Annotated[
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
+    ] = None,
+    pickle: Annotated[
+        bool, Option("--pickle", help="Allow pickles: only their tensors are read.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tells what a checkpoint holds, by its headers: of files on the Hub only these are fetched."""
+    """Lists what a checkpoint holds. Of files on the Hub only the headers are fetched."""
     from eqxdiff.convert.inspect import inspect as look
 
     portrait = look(source, revision=revision, pickle=pickle)
@@ -29,7 +38,9 @@ def inspect(
 
 
 def describe(portrait: "Portrait") -> str:
-    """The same in words."""
+    """Returns a portrait in words, in which nothing from a file can control the terminal."""
+    from eqxdiff._errors import printable
+
     models = f" ({', '.join(portrait.models)})" if portrait.models else ""
     lines = [
         f"model: {portrait.model or 'unknown'}{models}",
@@ -43,12 +54,13 @@ def describe(portrait: "Portrait") -> str:
         (name, f"{part['parameters']:,}", str(part["tensors"]), counts(part["dtypes"]), place(part))
         for name, part in portrait.components.items()
     ]
+    rows = [tuple(map(printable, row)) for row in rows]
     lines.append(table(("COMPONENT", "PARAMETERS", "TENSORS", "DTYPES", "LAYOUT"), rows))
-    lines += [f"missing: {name}" for name in portrait.missing]
-    lines += [f"extra: {name}" for name in portrait.extra]
-    lines += portrait.problems
-    lines += [f"metadata: {key}: {value[:200]}" for key, value in portrait.metadata.items()]
-    return "\n".join(lines)
+    told = [f"missing: {name}" for name in portrait.missing]
+    told += [f"extra: {name}" for name in portrait.extra]
+    told += [line for problem in portrait.problems for line in problem.split("\n")]
+    told += [f"metadata: {key}: {value[:200]}" for key, value in portrait.metadata.items()]
+    return "\n".join([*lines, *map(printable, told)])
 
 
 def counts(dtypes: dict[str, int]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from .helptext import documented
 from .tables import table
 
 
@@ -27,14 +28,21 @@ MOST_TARGETS = 40
 
 
 @app.command()
+@documented
 def inspect(
-    file: Annotated[str, Argument(help="A file, repository or REPOSITORY:FILE.")],
+    file: Annotated[str, Argument(help="A file, a repository or REPOSITORY:FILE.")],
     revision: Annotated[
-        str | None, Option(help="A branch, tag or commit of the repository.")
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="As JSON, with every target.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, with every target.")] = False,
 ) -> None:
-    """Tells what a LoRA is: its format, kinds, ranks, alphas, targets and the base it fits."""
+    """Shows a LoRA's format, kinds, ranks, alphas and targets, and the model that it is for."""
+    from eqxdiff._errors import printable
     from eqxdiff.lora import load
 
     facts = describe(load(file, revision=revision))
@@ -45,22 +53,24 @@ def inspect(
         value = facts[name]
         if isinstance(value, dict):
             value = ", ".join(f"{key} ({count})" for key, count in value.items()) or "none"
-        print(f"{name:<8} {value}")
+        print(printable(f"{name:<8} {value}"))
     for key, value in facts["metadata"].items():
-        print(f"{'':8} {key}: {value if len(value) <= 100 else value[:97] + '...'}")
+        text = value if len(value) <= 100 else value[:97] + "..."
+        print(f"{'':8} {printable(f'{key}: {text}')}")
+    rest = ("rank", "alpha", "shape")
     rows = [
-        (t["module"], t["kind"], str(t["rank"] or ""), str(t["alpha"] or ""), str(t["shape"] or ""))
+        (printable(t["module"]), t["kind"], *(str(t[key] or "") for key in rest))
         for t in facts["targets"][:MOST_TARGETS]
     ]
     print(table(("TARGET", "KIND", "RANK", "ALPHA", "SHAPE"), rows))
     if len(facts["targets"]) > MOST_TARGETS:
         print(f"and {len(facts['targets']) - MOST_TARGETS} more; --json lists them all")
     for name, why in facts["unread"].items():
-        print(f"not read: {name} {why}")
+        print(printable(f"not read: {name} {why}"))
 
 
 def describe(adapter: "Adapter") -> dict[str, Any]:
-    """All that a file tells of itself, without a model."""
+    """Returns all facts about a file that need no model."""
     from collections import Counter
 
     from eqxdiff.lora import guess_base
@@ -92,27 +102,45 @@ def describe(adapter: "Adapter") -> dict[str, Any]:
 
 
 @app.command()
+@documented
 def merge(
-    model: Annotated[str, Argument(help="Such as sdxl; `eqxdiff models` lists them.")],
+    model: Annotated[str, Argument(help="The model, such as sdxl; `eqxdiff models` lists them.")],
     output: Annotated[Path, Argument(help="A folder that does not exist yet.")],
     lora: Annotated[
-        list[str], Option("--lora", help="SPEC[@SCALE], as of `eqxdiff generate`. May be repeated.")
+        list[str],
+        Option(
+            "--lora",
+            metavar="SPEC@SCALE",
+            help="Merge a LoRA, as for `eqxdiff generate --lora`. May be repeated.",
+        ),
     ],
     lora_partial: Annotated[
-        bool, Option("--lora-partial", help="Accept LoRAs of which not all fits the model.")
+        bool, Option("--lora-partial", help="Accept LoRAs with tensors that do not fit the model.")
     ] = False,
     weights: Annotated[
-        str | None, Option(help="A folder in the diffusers layout, or a Hub repository.")
+        str | None,
+        Option(
+            help="Read the weights from a folder in the diffusers layout or a Hub repository.",
+            metavar="SPEC",
+            show_default="the model's own",
+        ),
     ] = None,
     revision: Annotated[
-        str | None, Option(help="A branch, tag or commit of the repository.")
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, Option(help="Of the weights; the checkpoint's by default.")
+        Dtype | None,
+        Option(help="Write the weights in this type.", show_default="the checkpoint's"),
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Writes a model in the diffusers layout with LoRAs in its weights."""
+    from eqxdiff._errors import printable
     from eqxdiff.lora.save import save_merged
     from eqxdiff.pipeline import open_model
 
@@ -133,25 +161,27 @@ def merge(
         print(json.dumps({"folder": str(output), "loras": plan.adapters.record()}, indent=2))
         return
     for report in reports:
-        print(report)
+        print(printable(str(report)))
     print(output)
 
 
 @app.command()
+@documented
 def extract(
-    model: Annotated[str, Argument(help="What both are, such as sdxl.")],
+    model: Annotated[str, Argument(help="The model that both are, such as sdxl.")],
     base: Annotated[str, Argument(help="A folder in the diffusers layout, or a repository.")],
-    tuned: Annotated[str, Argument(help="The model made from it, likewise.")],
+    tuned: Annotated[str, Argument(help="The model made from it: a folder or a repository.")],
     output: Annotated[Path, Argument(help="A .safetensors file that does not exist yet.")],
-    rank: Annotated[int, Option(help="Of each matrix, at most.")] = 32,
-    dtype: Annotated[Dtype, Option(help="Of the file.")] = "float16",
-    text: Annotated[bool, Option("--text", help="Of the text encoders too.")] = False,
+    rank: Annotated[int, Option(help="The rank of each matrix, at most.")] = 32,
+    dtype: Annotated[Dtype, Option(help="Write the tensors in this type.")] = "float16",
+    text: Annotated[bool, Option("--text", help="Include the text encoders.")] = False,
     linear_only: Annotated[
-        bool, Option("--linear-only", help="Leave out biases and norms, as diffusers wants it.")
+        bool,
+        Option("--linear-only", help="Leave out biases and norms, which diffusers cannot read."),
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Writes the difference of two models as a LoRA, the best of its rank."""
+    """Writes the difference of two models as the LoRA of a rank that comes closest to it."""
     import jax.numpy as jnp
 
     from eqxdiff.checkpoint import read_table
@@ -181,6 +211,6 @@ def extract(
 
 
 def kept_text(kept: Mapping[str, float]) -> str:
-    """How much of the difference an extracted LoRA has."""
+    """Says which share of the difference an extracted LoRA has."""
     parts = ", ".join(f"{share:.1%} of {name}" for name, share in kept.items())
     return f"of the squared difference it keeps {parts}"

@@ -12,6 +12,9 @@ from ._errors import ConfigError
 
 T = TypeVar("T")
 
+SHOWN = 12
+"""The most problems that one error lists."""
+
 
 def parse_config(
     cls: type[T],
@@ -23,8 +26,8 @@ def parse_config(
 ) -> T:
     """Reads a JSON object into the frozen dataclass `cls`, leaving nothing unexplained.
 
-    A key is a field of `cls`; or in `supported`, where its value must be among those that the code
-    computes; or in `ignored`, being known to change nothing; or starts with an underscore. A field
+    Each key must be a field of `cls`; or a key of `supported`, with one of the values that the code
+    computes; or in `ignored`, because it changes nothing; or start with an underscore. A field
     without a default must be present.
 
     **Arguments:**
@@ -35,7 +38,7 @@ def parse_config(
     - `supported`: key -> the values that the code computes. A list in the JSON counts as a tuple.
     - `ignored`: keys that change nothing.
 
-    **Raises:** `ConfigError`, one message that lists every offending key.
+    **Raises:** `ConfigError`, one message that lists the offending keys.
     """
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore
@@ -46,13 +49,13 @@ def parse_config(
             try:
                 values[key] = coerce(value, hints[key])
             except (TypeError, ValueError):
-                problems.append(f"{key}: {value!r} is not of type {spell_type(hints[key])}")
+                problems.append(f"{key}: {shorten(value)} is not of type {spell_type(hints[key])}")
         elif key in supported:
             if value not in supported[key]:
                 choices = " or ".join(repr(choice) for choice in supported[key])
-                problems.append(f"{key}: {value!r} is not supported, only {choices}")
+                problems.append(f"{key}: {shorten(value)} is not supported, only {choices}")
         elif key not in ignored and not key.startswith("_"):
-            problems.append(f"{key}: an unknown field (its value is {value!r})")
+            problems.append(f"{cut(key)}: an unknown field (its value is {shorten(value)})")
     for key, field in known.items():
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and key not in fields:
@@ -61,9 +64,22 @@ def parse_config(
         try:
             return cls(**values)
         except ValueError as error:  # raised by the dataclass's own __post_init__
-            problems.append(str(error))
+            problems.append(cut(str(error), 200))
     header = f"{name} does not describe a model that this code computes:"
+    if len(problems) > SHOWN:
+        problems[SHOWN - 1 :] = [f"and {len(problems) - SHOWN + 1} more"]
     raise ConfigError("\n  ".join([header, *problems]))
+
+
+def shorten(value: Any) -> str:
+    """Returns a value as an error shows it: its `repr`, of at most 80 characters."""
+    return cut(repr(value))
+
+
+def cut(text: str, length: int = 80) -> str:
+    """Returns printable text of at most `length` characters."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _freeze(value: Any) -> Any:
@@ -71,9 +87,9 @@ def _freeze(value: Any) -> Any:
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """The value as the type that `hint` names: an int as a float, a tuple item by item, an enum.
+    """Returns the value as the type `hint`: an int as a float, a tuple item by item, an enum.
 
-    **Raises:** `TypeError` or `ValueError` where it is of another.
+    **Raises:** `TypeError` or `ValueError` where the value is of another type, or does not fit it.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -92,7 +108,10 @@ def coerce(value: Any, hint: Any) -> Any:
             raise TypeError
         return tuple(coerce(v, arg) for v, arg in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("too large") from None
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
     if type(value) is not hint:  # not isinstance: True is no integer
@@ -101,5 +120,5 @@ def coerce(value: Any, hint: Any) -> Any:
 
 
 def spell_type(hint: Any) -> str:
-    """A type as an error names it."""
+    """Returns a type as an error names it."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

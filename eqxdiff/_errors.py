@@ -32,3 +32,10 @@ class DataError(EqxdiffError):
 
 class TrainingError(EqxdiffError):
     """A run cannot begin or go on: its folder holds another, or its loss is not finite."""
+
+
+def printable(text: str) -> str:
+    """Returns a text from a file without what could control a terminal: that is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -9,11 +9,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import typecheck as typecheck
+from helpers import compiled_fast
 from jaxtyping import install_import_hook
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("eqxdiff", "typecheck.check")
+
+
+@pytest.fixture
+def fast():
+    """Less time in the compiler for one test."""
+    with compiled_fast():
+        yield
 
 
 @pytest.fixture

@@ -103,6 +103,29 @@ def write_checkpoint(
     return folder
 
 
+LEVEL = jax.make_user_context()
+"""Part of the key of everything that JAX compiles."""
+
+
+@contextlib.contextmanager
+def compiled_fast(fast: bool = True):
+    """Lets XLA leave out most optimisations, which take most of the time of many tests.
+
+    Within it nothing is run that was compiled outside, and the other way round.
+
+    **Arguments:**
+
+    - `fast`: whether to do so, or to compile as users do.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", fast)
+    try:
+        with LEVEL("fast" if fast else None):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @contextlib.contextmanager
 def count_compilations():
     """A list that grows by one with each program that XLA compiles, eager operations included."""

@@ -27,6 +27,19 @@ CROPPED = [
 """Height and width of pictures; first and last row and column of a grey rectangle in their masks;
 height and width of what is made; padding."""
 
+PNDM = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""The scheduler's config of Stable Diffusion 1.5."""
+
+PNDM_STEPS, PNDM_FIRST, PNDM_MEAN, PNDM_DEVIATION = 50, 10, 0.7, 0.5
+"""Steps in all, the first that is taken, and the distribution of the data."""
+
 
 def make_rectangle(size: tuple[int, int], edges: tuple[int, int, int, int]) -> np.ndarray:
     """A mask that is grey in a rectangle, (height, width), uint8."""

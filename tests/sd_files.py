@@ -9,12 +9,47 @@ from helpers import FIXTURES, fake_tensor, write_checkpoint
 
 from eqxdiff.checkpoint import export_infos, read_table
 from eqxdiff.models import find_model
-from eqxdiff.models.sdxl.tiny import ADDED
-from eqxdiff.models.unet.tiny import CONTROLNET
 
 
 CASES = json.loads((FIXTURES / "sd_pipeline.json").read_text())
-OF_UNETS = ("up_block_types", "out_channels")
+CONTROLNET = {
+    "_class_name": "ControlNetModel",
+    "_diffusers_version": "0.30.0.dev0",
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 32],
+    "center_input_sample": False,
+    "cross_attention_dim": 32,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 4,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 8,
+    "conditioning_embedding_out_channels": [4, 4, 6, 8],
+    "controlnet_conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+}
+"""For a UNet of three levels and prompts of 32 features."""
+
+OF_CONTROLNETS = (
+    *CONTROLNET,
+    "addition_embed_type",
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "projection_class_embeddings_input_dim",
+    "transformer_layers_per_block",
+    "upcast_attention",
+    "use_linear_projection",
+)
+"""What a ControlNet's config takes over from its UNet's."""
 
 
 def write_case(folder: Path, case: dict) -> tuple[Path, list[Path]]:
@@ -30,9 +65,8 @@ def write_controlnet(folder: Path, model: str) -> Path:
     """A ControlNet for a tiny UNet, whose numbers depend on its folder's name and their own."""
     family, _ = find_model(model)
     unet = json.loads(family.example(model)["unet/config.json"])
-    own = {name: unet[name] for name in unet if name in {**CONTROLNET, **ADDED}}
+    own = {name: unet[name] for name in unet if name in OF_CONTROLNETS}
     config = {**CONTROLNET, **own, "_class_name": "ControlNetModel"}
-    config = {name: value for name, value in config.items() if name not in OF_UNETS}
     component = family.controlnet
     assert component is not None
     infos = export_infos(component.skeleton(component.parse(config)), read_table(component.table))

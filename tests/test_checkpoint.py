@@ -15,7 +15,7 @@ import safetensors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import Table, export_tensors, load, load_module, save_module
+from eqxdiff.checkpoint import FILE, Table, export_tensors, load_module, read, save_module
 from eqxdiff.nn import Linear, stack
 from eqxdiff.tensors import AbstractTensorSource, InMemory, SafetensorsFile
 
@@ -72,7 +72,7 @@ def assert_equal(module, wanted):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Pieces of two rows, so that small tensors are cut too."""
-    monkeypatch.setattr(load, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 100)
 
 
 def file_of(net, dtype=np.float32):
@@ -153,11 +153,62 @@ def test_a_value_too_large_for_the_wanted_dtype_is_refused(net):
         load_module(InMemory(file), TABLE, skeleton(), dtype=np.float16)
 
 
+@pytest.mark.parametrize(
+    ("source", "value", "dtype"),
+    [
+        (ml_dtypes.bfloat16, 1e30, np.float16),
+        (ml_dtypes.float8_e5m2, 57344.0, ml_dtypes.float8_e4m3fn),
+        (np.float32, 3.4e38, ml_dtypes.bfloat16),
+        (np.float16, 65000.0, ml_dtypes.float8_e5m2),
+    ],
+)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cast_to_the_same_width_does_not_overflow_in_silence(net, source, value, dtype):
+    file = file_of(net, source)
+    load_module(InMemory(file), TABLE, skeleton(), dtype=dtype)
+    file["img_in.bias"][0] = value
+    with pytest.raises(CheckpointError, match=r"img_in.bias holds a value too large for"):
+        load_module(InMemory(file), TABLE, skeleton(), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_scale_does_not_overflow_in_silence(dtype):
+    """Neither when the leaf is made of the tensor nor when the tensor is made of the leaf."""
+    large = np.full(3, np.finfo(dtype).max / 2, dtype)
+    want = {"a": jax.ShapeDtypeStruct((3,), dtype)}
+    up, down = (Table.parse(f'[rename]\na = "b"\n[scale]\na = {s}') for s in (4.0, 0.25))
+    with pytest.raises(CheckpointError, match=r"vae: b holds a value too large for float"):
+        load_module(InMemory({"b": large}), up, want, name="vae")
+    assert dict(export_tensors({"a": large}, up))["b"][0] == large[0] / 4
+    with pytest.raises(CheckpointError, match=r"b holds a value too large for float"):
+        dict(export_tensors({"a": large}, down))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_mixed_file_keeps_its_dtypes(net):
+    """A leaf of several tensors has the widest of theirs, and nothing has 8 bits."""
+    file = {name: array.astype(np.float16) for name, array in file_of(net).items()}
+    file["mod.weight"] = file["mod.weight"].astype(np.float32)
+    file["mod.bias"] = file["mod.bias"].astype(ml_dtypes.float8_e4m3fn)
+    file["blocks.1.qk.bias"] = file["blocks.1.qk.bias"].astype(ml_dtypes.bfloat16)
+    file["blocks.2.proj.weight"] = file["blocks.2.proj.weight"].astype(np.float32)
+    module = load_module(InMemory(file), TABLE, skeleton(), dtype=FILE)
+    assert (module.norm.weight.dtype, module.norm.bias.dtype) == (jnp.float32, jnp.bfloat16)
+    assert module.blocks.to_q.bias.dtype == module.blocks.to_k.bias.dtype == jnp.float32
+    assert module.blocks.proj.weight.dtype == jnp.float32
+    assert module.blocks.proj.bias.dtype == module.proj_in.weight.dtype == jnp.float16
+    wide = load_module(InMemory(file), TABLE, skeleton(), dtype=np.float32)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(b.dtype), b), module, wide)
+    eight = InMemory(file_of(net, ml_dtypes.float8_e4m3fn))
+    whole = load_module(eight, TABLE, skeleton(), dtype=FILE)
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_a_cpu_takes_the_array_without_a_copy():
-    for shape in ((1000,), (3, load.HUGE_BYTES)):
-        buffer = load.aligned_empty(shape, np.dtype(np.float32))
+    for shape in ((1000,), (3, read.HUGE_BYTES)):
+        buffer = read.aligned_empty(shape, np.dtype(np.float32))
         assert buffer.shape == shape
-        assert load.put(buffer, None).unsafe_buffer_pointer() == buffer.ctypes.data
+        assert read.put(buffer, None).unsafe_buffer_pointer() == buffer.ctypes.data
 
 
 class Counting(AbstractTensorSource):

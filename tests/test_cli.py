@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import eqxdiff
 from eqxdiff.checkpoint import load_module
 from eqxdiff.pipeline import initial_noise
+from eqxdiff.pipeline.stages import Parked
 
 
 SHAPE = (4, 8, 8)
@@ -190,10 +191,8 @@ def test_released_encoders_have_encoded_every_prompt_first(generate):
 
 def test_parked_modules_leave_the_device_and_come_back(dev):
     """As numpy arrays in between; and uncommitted as before, or all would be compiled anew."""
-    stages = importlib.import_module("eqxdiff.cli.stages")
-    plan = eqxdiff.open_model("flux-dev", str(dev))
-    modules = plan.load(["text_encoder"])
-    parked = stages.Parked(modules)
+    modules = eqxdiff.open_model("flux-dev", str(dev)).load(["text_encoder"])
+    parked = Parked(modules)
     back = parked.back()
     for before, after in zip(jax.tree.leaves(modules), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -259,7 +258,7 @@ def test_models_are_listed(cli):
     assert "crop" in lines[takes + 1]
     assert "canny" in lines[takes + 2]
     assert "black-forest-labs/FLUX.1-dev" in lines[1]
-    assert "28 steps, 1024x1024, 512 tokens" in lines[1]
+    assert "28 steps, 1024x1024, guidance 3.5, max sequence length 512" in lines[1]
     rows = cli("models", "--json").json
     assert [row["name"] for row in rows] == names
     assert rows[0]["defaults"]["steps"] == 28
@@ -313,7 +312,7 @@ def test_the_package_exports_what_its_type_checker_sees():
         for alias in node.names
     }
     homes = {(home, name) for home, names in eqxdiff._HOMES.items() for name in names}
-    assert homes == {(home, name) for home, name in names if home != "_errors"}
+    assert homes == {(home, name) for home, name in names if home not in ("_errors", "_lazy")}
     for home, name in names:
         module = importlib.import_module(f"eqxdiff.{home}")
         assert getattr(eqxdiff, name) is getattr(module, name)
@@ -383,7 +382,7 @@ def test_what_libraries_would_print_is_told_like_the_rest(generate, monkeypatch,
             warnings.warn("beware", stacklevel=1)
         return load_module(*arguments, **options)
 
-    monkeypatch.setattr("eqxdiff.pipeline.load_module", load)
+    monkeypatch.setattr("eqxdiff.pipeline.blueprint.load_module", load)
     run = generate("-p", "a cat", *(["--json"] if as_json else []))
     if as_json:
         assert {"event": "warning", "message": "beware"} in run.events

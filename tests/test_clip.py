@@ -136,7 +136,7 @@ def test_too_many_tokens_or_too_few_layers_are_errors(reference):
     model = encoder(reference, "openai")
     with pytest.raises(ValueError, match="21 tokens are more than the 20 positions"):
         model(jnp.zeros(21, jnp.int32))
-    with pytest.raises(ValueError, match="Of 3 layers, 4 cannot be skipped"):
+    with pytest.raises(ValueError, match="`skip` 4 is out of range: the encoder has 3 layers"):
         model(jnp.zeros(20, jnp.int32), skip=4)
 
 

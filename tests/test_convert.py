@@ -1,6 +1,7 @@
 """Conversion between layouts: bit for bit, in little memory, whole or not at all."""
 
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -11,8 +12,16 @@ import safetensors.numpy
 from command import cli as cli
 
 from eqxdiff._errors import SourceError
-from eqxdiff.checkpoint import Table, load
-from eqxdiff.convert import open_checkpoint, plan_folder, recast, write, write_folder
+from eqxdiff.checkpoint import Table, read
+from eqxdiff.convert import (
+    open_checkpoint,
+    plan_file,
+    plan_folder,
+    recast,
+    write,
+    write_file,
+    write_folder,
+)
 from eqxdiff.convert.example import write_example
 from eqxdiff.convert.open import Opened
 from eqxdiff.tensors import SafetensorsFile
@@ -158,10 +167,87 @@ def test_another_conversion_does_not_go_on_with_it(checkpoint, tmp_path):
     assert not (tmp_path / "y" / "odd").exists()
 
 
+@FLUX
+@pytest.mark.usefixtures("hub")
+def test_a_source_that_changed_meanwhile_is_read_again(checkpoint, tmp_path):
+    """A model of two states of its file would be none."""
+    model, folder = checkpoint
+    file = tmp_path / "all.safetensors"
+    shutil.copyfile(folder / "all.safetensors", file)
+    opened = open_checkpoint(str(file), model=model)
+    second = plan_folder(opened)[1].path
+
+    def stop(file, done, total):
+        if file == second:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(opened, tmp_path / "y", plan_folder(opened), stop)
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: array + 1 for name, array in tensors.items()}, file)
+    opened, seen = open_checkpoint(str(file), model=model), []
+    write_folder(opened, tmp_path / "y", plan_folder(opened), lambda file, *_: seen.append(file))
+    assert plan_folder(opened)[0].path in seen
+    old, new = weights(folder / "base"), weights(tmp_path / "y")
+    assert old.keys() == new.keys()
+    assert not [name for name, array in old.items() if new[name] == array]
+
+
+@FLUX
+@pytest.mark.usefixtures("hub")
+def test_two_conversions_to_one_target_do_not_mix(checkpoint, tmp_path):
+    """A folder has one writer; files are drafted under names of their own."""
+    model, folder = checkpoint
+    opened = open_checkpoint(str(folder / "all.safetensors"), model=model)
+    other = plan_folder(opened, np.float16)
+    refused = []
+
+    def rival(file, done, total):
+        if not refused:
+            with pytest.raises(SourceError, match="Another conversion is writing") as error:
+                write_folder(opened, tmp_path / "y", other)
+            refused.append(error)
+
+    write_folder(opened, tmp_path / "y", plan_folder(opened), rival)
+    assert refused
+    assert weights(tmp_path / "y") == weights(folder / "base")
+    target = tmp_path / "x.safetensors"
+    drafts = set()
+
+    def watch(file, done, total):
+        drafts.update(path.name for path in tmp_path.glob(".x.*"))
+
+    for _ in range(2):
+        write_file(opened, target, plan_file(opened, target.name), watch)
+        target.unlink()
+    assert len(drafts) == 2
+
+
+@FLUX
+@pytest.mark.usefixtures("hub")
+def test_a_tensor_is_as_wide_as_the_widest_that_it_is_made_of(checkpoint, tmp_path):
+    """Not as the first: of a mixed file nothing is narrowed."""
+    model, folder = checkpoint
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (file,) = (tmp_path / "base" / "transformer").glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    first, *others = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv"]
+    narrow = lambda name, array: array.astype(np.float16) if name not in others else array
+    safetensors.numpy.save_file({n: narrow(n, a) for n, a in tensors.items()}, file)
+    opened = open_checkpoint(str(tmp_path / "base"), model=model)
+    target = tmp_path / "x.safetensors"
+    write_file(opened, target, plan_file(opened, target.name))
+    written = safetensors.numpy.load_file(target)
+    (name,) = [name for name in written if name.endswith("double_blocks.0.img_attn.qkv.weight")]
+    assert written[name].dtype == np.float32
+    joined = np.concatenate([narrow(n, tensors[n]).astype(np.float32) for n in (first, *others)])
+    np.testing.assert_array_equal(written[name], joined)
+
+
 def test_only_pieces_are_in_memory(tmp_path, monkeypatch):
     """Much less than the largest tensor, fused or stacked."""
     monkeypatch.setattr(recast, "CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(load, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 1 << 16)
     fused = Table.parse('stack = ["c"]\n[split]\n"ab" = ["a", "b"]')
     table = Table.parse('prefix = ["x"]\nstack = ["c"]')
     random = np.random.RandomState(0)

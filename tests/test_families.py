@@ -14,12 +14,8 @@ from eqxdiff.sharding import logical_axes
 
 PACKAGE = Path(eqxdiff.__file__).parent
 TESTS = Path(__file__).parent
-FOLDERS = sorted(p for p in (PACKAGE / "models").iterdir() if p.is_dir() and p.name[0] not in "_.")
+FOLDERS = sorted(path.parent for path in (PACKAGE / "models").glob("*/family.py"))
 COMPONENTS = [(family, name) for family in FAMILIES for name in family.components]
-
-
-def folder(family) -> str:
-    return type(family).__module__.split(".")[2]
 
 
 def example_config(family, model: str, name: str):
@@ -28,7 +24,7 @@ def example_config(family, model: str, name: str):
 
 
 def test_every_folder_is_registered():
-    assert {path.name for path in FOLDERS} == {folder(family) for family in FAMILIES}
+    assert {path.name for path in FOLDERS} == {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.name)
@@ -38,7 +34,7 @@ def test_a_family_has_its_files(path):
     assert (TESTS / "models" / f"test_{path.name}.py").is_file(), "no parity test"
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_model_has_manifests(family):
     """Of each component, and of its ControlNets."""
     checkpoints = json.loads((TESTS / "manifests" / "checkpoints.json").read_text())
@@ -53,21 +49,21 @@ def test_every_model_has_manifests(family):
 
 @pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.name)
 def test_the_readme_names_every_model(path):
-    family = next(family for family in FAMILIES if folder(family) == path.name)
+    family = next(family for family in FAMILIES if family.name == path.name)
     text = (path / "README.md").read_text()
     for model, preset in family.presets.items():
         assert f"`{model}`" in text
         assert preset.repository in text
 
 
-@pytest.mark.parametrize(("family", "name"), COMPONENTS, ids=str)
+@pytest.mark.parametrize(("family", "name"), COMPONENTS, ids=lambda it: getattr(it, "name", it))
 def test_a_component_has_a_table(family, name):
     path = Path(__file__).parents[1] / "weights_map" / f"{family.components[name].table}.toml"
     tomllib.loads(path.read_text())
     assert read_table(family.components[name].table).name == family.components[name].table
 
 
-@pytest.mark.parametrize(("family", "name"), COMPONENTS, ids=str)
+@pytest.mark.parametrize(("family", "name"), COMPONENTS, ids=lambda it: getattr(it, "name", it))
 def test_every_leaf_matches_one_sharding_rule(family, name):
     component = family.components[name]
     for model in family.presets:
@@ -76,7 +72,7 @@ def test_every_leaf_matches_one_sharding_rule(family, name):
             logical_axes(path, leaf.ndim, component.rules)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_preset_is_complete(family):
     for model, preset in family.presets.items():
         assert preset.summary

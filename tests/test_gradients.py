@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import pytest
 from helpers import fake_module, fake_tensor
 
-from eqxdiff.models import Guidance
-from eqxdiff.models.flux1 import Conditioning, Flux1, Transformer, TransformerConfig
-from eqxdiff.sampling import Euler, Flow, Heun, flow_schedule, sample
+from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
+from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
+from eqxdiff.sampling import (
+    Euler,
+    Flow,
+    GuidedDenoiser,
+    Heun,
+    Unguided,
+    flow_schedule,
+    sample,
+    stack_conditions,
+)
 
 
 CONFIG = TransformerConfig(
@@ -29,22 +38,20 @@ STEPS = 4
 
 @pytest.fixture
 def toy(x64):
-    """A float64 transformer, conditioning, noise, and a direction to look along."""
+    """A float64 transformer, a condition, noise, and a direction to look along."""
     double = lambda name, *shape: jnp.asarray(fake_tensor(name, shape), jnp.float64)
     model = fake_module(Transformer.init, CONFIG, dtype=jnp.float64)
     return (
         model,
-        Conditioning(double("txt", 3, 6), double("pooled", 5)),
+        FluxCondition(double("txt", 3, 6), double("pooled", 5)),
         double("noise", 4, 4, 2),
         double("direction", 4, 4, 2),
     )
 
 
-def loss(model, conditioning, scale, noise, direction, *, remat="none", solver=None):
-    guidance = Guidance(scale, None)
-    denoiser = Flux1().denoiser(
-        {"transformer": model}, conditioning, None, guidance, (), Flow(), jnp.dtype(jnp.float64)
-    )
+def loss(model, condition, scale, noise, direction, *, remat="none", solver=None):
+    network = FluxPredictor(model, FluxShared(scale), jnp.dtype(jnp.float64))
+    denoiser = GuidedDenoiser(network, stack_conditions(condition), Unguided(), Flow())
     x = sample(denoiser, noise, flow_schedule(STEPS), solver or Euler(), remat=remat)
     return jnp.sum(jnp.square(x) * direction)
 
@@ -61,44 +68,44 @@ def check_gradient(f, x, h=1e-5):
 
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=["euler", "heun"])
 def test_the_gradient_of_the_prompt_agrees_with_finite_differences(toy, solver):
-    model, conditioning, noise, direction = toy
+    model, condition, noise, direction = toy
     scale = jnp.asarray(3.5, jnp.float64)
 
     def f(txt):
-        moved = Conditioning(txt, conditioning.pooled)
+        moved = FluxCondition(txt, condition.pooled)
         return loss(model, moved, scale, noise, direction, solver=solver)
 
-    check_gradient(f, conditioning.txt)
+    check_gradient(f, condition.txt)
 
 
 def test_the_gradient_of_a_weight_agrees_with_finite_differences(toy):
-    model, conditioning, noise, direction = toy
+    model, condition, noise, direction = toy
     scale = jnp.asarray(3.5, jnp.float64)
     where = lambda model: model.single_transformer_blocks.attn.to_q.weight
 
     def f(weight):
-        return loss(eqx.tree_at(where, model, weight), conditioning, scale, noise, direction)
+        return loss(eqx.tree_at(where, model, weight), condition, scale, noise, direction)
 
     check_gradient(f, where(model))
 
 
 @pytest.mark.parametrize("remat", ["step", "sqrt"])
 def test_rematerialisation_changes_no_gradient(toy, remat):
-    model, conditioning, noise, direction = toy
+    model, condition, noise, direction = toy
     scale = jnp.asarray(3.5, jnp.float64)
 
     def gradient(model, remat):
         f = lambda c: loss(model, c, scale, noise, direction, remat=remat)
-        return jax.jit(jax.grad(f))(conditioning).txt
+        return jax.jit(jax.grad(f))(condition).txt
 
     blocks = dataclasses.replace(model, remat=True)
     assert jnp.allclose(gradient(blocks, remat), gradient(model, "none"), rtol=1e-10, atol=1e-12)
 
 
-def test_guidance_and_conditioning_can_be_vmapped(toy):
-    model, conditioning, noise, direction = toy
+def test_guidance_and_conditions_can_be_vmapped(toy):
+    model, condition, noise, direction = toy
     scales = jnp.asarray([1.0, 3.5], jnp.float64)
-    one = jax.jit(lambda scale: loss(model, conditioning, scale, noise, direction))
+    one = jax.jit(lambda scale: loss(model, condition, scale, noise, direction))
     both = jax.jit(jax.vmap(one))(scales)
     assert jnp.allclose(both, jnp.stack([one(scale) for scale in scales]), rtol=1e-9)
     assert abs(both[0] - both[1]) > 1e-3 * abs(both[0])

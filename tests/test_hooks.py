@@ -68,7 +68,7 @@ def denoiser():
 def test_a_guider_remembers_from_step_to_step():
     """A step cache is Euler's method with half the calls of the network."""
     schedule = flow_schedule(6)
-    network, x = Network(Toy.init()), noise()
+    network, x, output = Network(Toy.init()), noise(), TEXT
     for index in range(6):
         if index % 2 == 0:
             output = network(x, schedule[index], TEXT)
@@ -81,7 +81,7 @@ def test_a_guider_remembers_from_step_to_step():
 
 def test_further_evaluations_of_a_step_read_the_memory_and_leave_it():
     """Heun evaluates twice a step; the memory counts one."""
-    schedule, x = flow_schedule(4), noise()
+    schedule, x, x0 = flow_schedule(4), noise(), noise()
     state = begin(caching(), x, schedule, Heun(straight=True))
     for index in range(4):
         before = state.memory

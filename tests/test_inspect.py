@@ -16,7 +16,8 @@ from helpers import read_manifest
 from eqxdiff._errors import CheckpointError, SourceError
 from eqxdiff.convert import inspect as module
 from eqxdiff.convert.inspect import inspect, remote_header
-from eqxdiff.hub.source import Folder, Source
+from eqxdiff.hub import Source
+from eqxdiff.hub.stores import Folder
 
 
 pytest_plugins = ["whole_files"]
@@ -64,6 +65,24 @@ def test_a_file_of_full_size(cli, tmp_path):
     ):
         assert line in words.splitlines()
     assert re.search(r"transformer +11,901,408,320 +\d+ +bfloat16 +flux1_transformer_bfl", words)
+
+
+def test_nothing_from_a_file_controls_the_terminal(cli, tmp_path):
+    """Line breaks do not make lines either."""
+    evil = "a\x1b]0;x\x07b\nmodel: mine\u202e"
+    shapes = read_manifest("vae_sd")
+    outcome = cli("inspect", header_only(tmp_path / "x.safetensors", shapes, {evil: evil}))
+    assert outcome.status == 0, outcome.err
+    assert all(line.isprintable() for line in outcome.out.split("\n"))
+    assert r"metadata: a\x1b]0;x\x07b\nmodel: mine\u202e: a\x1b]0;x" in outcome.out
+    assert cli("inspect", tmp_path / "x.safetensors", "--json").json["metadata"] == {evil: evil}
+
+
+def test_an_empty_entry_of_the_index_is_no_component(dev, tmp_path):
+    shutil.copytree(dev, tmp_path / "x")
+    file = tmp_path / "x" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "odd": [], "other": [None]}))
+    assert inspect(str(tmp_path / "x")).problems == []
 
 
 def test_a_component_alone(tmp_path):

@@ -1,6 +1,7 @@
 """What a file holds is told from its header, for every layout at full size."""
 
 import math
+import types
 from functools import cache
 
 import jax
@@ -11,11 +12,13 @@ from helpers import read_manifest
 from test_single_files_sd import VAE, WIDTHS, clip_config, unet_config
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import Table, load_module
-from eqxdiff.convert.recognise import claim, describe, find_pieces, locate
-from eqxdiff.models import find_model
+from eqxdiff.checkpoint import Table, load_module, read
+from eqxdiff.checkpoint.form import Form
+from eqxdiff.convert import recognise as recognise_module
+from eqxdiff.convert.recognise import claim, denoisers, describe, find_pieces, locate
+from eqxdiff.models import FAMILIES, Component, Lookalikes, PublishedFiles, find_model
 from eqxdiff.models.flux1 import TransformerConfig
-from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo
+from eqxdiff.tensors import AbstractTensorSource, InMemory, TensorInfo, dequantised
 from eqxdiff.text import CLIPTextConfig, T5Config
 from eqxdiff.vae import AutoencoderKLConfig
 
@@ -227,6 +230,27 @@ def test_a_file_may_lack_components():
     assert set(claim(Header(alone), wanted("flux-dev"), "x")) == {"vae"}
 
 
+def test_a_family_brings_its_own_forms_and_tables(tmp_path, monkeypatch):
+    """Its table may lie anywhere, and a file of it is told from those of all other families."""
+    file = tmp_path / "toy.toml"
+    file.write_text('[rename]\n"net" = "toy_net"')
+    toy = Lookalikes("a toy", ("toy",), {"body": (file, "")})
+    own = Component(dict, dict, (Form(file, ("toy_net.mark",)),), (), "denoiser")
+    recognise = lambda kind, shapes: toy if kind == file and (7,) in shapes.values() else None
+    files = PublishedFiles((toy,), recognise, leftovers=("dust",))
+    family = types.SimpleNamespace(components={"body": own}, controlnet=None, files=files)
+    shapes = {"a.toy_net.mark": (7,), "dust.x": (1,)}
+    assert describe(Header(shapes)) is None
+    monkeypatch.setattr(recognise_module, "families", lambda: (*FAMILIES, family))
+    assert describe(Header(shapes)) is toy
+    assert describe(Header(whole("sd15"))).models == ("sd15",)
+    skeleton = {"net": {"mark": jax.ShapeDtypeStruct((7,), F32)}}
+    (piece,) = claim(Header(shapes), {"body": (own.table, skeleton)}, "x").values()
+    assert (piece.table, piece.prefix, piece.names) == (file, "a", ("a.toy_net.mark",))
+    assert piece.key_table().name == "toy"
+    assert denoisers() == ["transformer", "unet", "body"]
+
+
 class Scales(Header):
     """Every number is one."""
 
@@ -315,6 +339,20 @@ class TestScaled:
         np.testing.assert_array_equal(wide, want)
         narrow = load_module(tensors, table, skeleton, dtype=tensors.dtype)["lin"]["weight"]
         np.testing.assert_array_equal(narrow, want.astype(ml_dtypes.bfloat16))
+
+    def test_each_part_of_a_tensor_has_the_scales_of_its_own_rows(self, monkeypatch):
+        """Cut into leaves, and each leaf read in pieces of two rows."""
+        monkeypatch.setattr(read, "CHUNK_BYTES", 32)
+        random = np.random.RandomState(0)
+        weight = random.standard_normal((12, 4)).astype(F8)
+        scale = random.uniform(0.1, 2, 12).astype(F32)
+        file = InMemory({"ab.weight": weight, "ab.weight_scale": scale})
+        table = Table.parse('[split]\n"ab" = ["a", "b"]')
+        leaf = lambda rows: {"weight": jax.ShapeDtypeStruct((rows, 4), F32)}
+        module = load_module(dequantised(file), table, {"a": leaf(7), "b": leaf(5)})
+        want = weight.astype(F32) * scale[:, None]
+        np.testing.assert_array_equal(module["a"]["weight"], want[:7])
+        np.testing.assert_array_equal(module["b"]["weight"], want[7:])
 
 
 def test_the_sizes_are_those_of_the_published_files():

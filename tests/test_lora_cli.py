@@ -169,3 +169,12 @@ def test_lightning_may_be_a_lora_on_the_base_model(tmp_path):
     assert relative_error(change[0], 2 * up @ down) < 5e-6
     settings = pipe.blueprint.resolve({})
     assert (settings.steps, settings.timestep_spacing) == (4, "trailing")
+
+
+def test_what_a_file_says_of_itself_does_not_control_the_terminal(cli, folder, tmp_path):
+    tensors = safetensors.numpy.load_file(folder / "style.safetensors")
+    evil = {"ss_tag": "a\x1b]0;x\x07\nbase: mine"}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", evil)
+    run = cli("lora", "inspect", str(tmp_path / "x.safetensors"))
+    assert all(line.isprintable() for line in run.out.split("\n"))
+    assert r"ss_tag: a\x1b]0;x\x07\nbase: mine" in run.out

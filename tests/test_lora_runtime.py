@@ -156,7 +156,7 @@ def test_gradients_reach_adapters_and_nothing_else():
     @jax.grad
     def loss(own):
         blocks = eqx.combine(own, rest)["blocks"]
-        return jnp.sum(fold(blocks, x, lambda block, x: x + jnp.tanh(block(x))))
+        return jnp.sum(fold(blocks, x, lambda block, x: x + jnp.tanh(block(x)))[0])
 
     (node,) = [node for _, node in lora.adapted_layers(loss(own))]
     assert jax.tree.leaves(node.inner) == []

@@ -37,7 +37,7 @@ def test_nothing_recompiles_for_what_a_user_changes(pipe, picture):
             {"seed": 4},
             {"guidance": 1.5},
             {"shift": 2.0},
-            {"prompt_2": "a dog on a hill"},
+            {"prompt_2": "a bird"},
         ):
             other = eqxdiff.generate(pipe, "a dog", **{**SMALL, **change})
             assert relative_error(other.latents, picture.latents) > 1e-2
@@ -65,6 +65,13 @@ def test_image_k_starts_from_the_noise_of_seed_plus_k():
         out_shardings=jax.NamedSharding(mesh, jax.P("data", "fsdp")),
     )
     assert jnp.array_equal(spread(), alone)
+
+
+def test_a_request_starts_from_the_noise_of_its_seed(pipe):
+    example = eqxdiff.prepare(pipe, "a cat", seed=3, **SMALL)
+    key = jax.random.key(3, impl="threefry2x32")
+    noise = jax.random.normal(key, (4, 4, 6), jnp.float32)
+    assert jnp.array_equal(example.noise, noise.transpose(1, 2, 0))
 
 
 def test_batches_change_no_picture(pipe, picture):
@@ -146,19 +153,20 @@ def test_a_mesh_changes_no_picture(folder, picture):
     ("given", "message"),
     [
         ({"height": 40}, "height 40 is not a multiple of 16: use 32 or 48"),
-        ({"width": 0}, "width 0 is not a multiple of 16: use 16"),
-        ({"steps": 0}, "--steps 0 is out of range"),
-        ({"steps": 2.5}, "--steps 2.5 is not of type int"),
-        ({"guidance": "3"}, "--guidance '3' is not of type float"),
-        ({"negative_prompt": "grey"}, "would ignore --negative-prompt"),
-        ({"negative_prompt": "grey", "cfg": 1.0}, "give --cfg above 1"),
-        ({"shift": -1.0}, "--shift -1.0 is out of range"),
+        ({"width": 8}, "width 8 is not a multiple of 16: use 16"),
+        ({"width": 0}, "`width` 0 is out of range: it is at least 1"),
+        ({"steps": 0}, "`steps` 0 is out of range"),
+        ({"steps": 2.5}, "`steps` 2.5 is not of type int"),
+        ({"guidance": "3"}, "`guidance` '3' is not of type float"),
+        ({"negative_prompt": "grey"}, "would ignore `negative_prompt`"),
+        ({"negative_prompt": "grey", "cfg": 1.0}, "give `cfg` above 1"),
+        ({"shift": -1.0}, "`shift` -1.0 is out of range"),
         ({"shift": float("nan")}, "not a finite number"),
         ({"max_sequence_length": 513}, "from 1 to 512"),
-        ({"step": 3}, "Did you mean steps"),
-        ({"seed": -1}, "--seed -1"),
-        ({"num_images": 0}, "--num-images 0"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"step": 3}, "Did you mean `steps`"),
+        ({"seed": -1}, "`seed` -1"),
+        ({"num_images": 0}, "`num_images` 0"),
+        ({"batch_size": 0}, "`batch_size` 0"),
         ({"sampler": "oiler"}, "[Ee]uler"),
     ],
     ids=str,

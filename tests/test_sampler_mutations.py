@@ -3,12 +3,14 @@
 import pytest
 import test_schedule
 import test_solvers
+from helpers import compiled_fast
 from mutate import mutated, read_mutations
 
 
 MUTATIONS = read_mutations("sampling")
 
 
+@compiled_fast()
 def check(name: str) -> None:
     """The test that has to fail."""
     match name.split(" ", 1):

@@ -46,6 +46,40 @@ def test_dynamic_shift_is_a_line_through_the_two_lengths():
     assert dynamic_shift(config, 4096) == pytest.approx(math.exp(1.15))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_shift": 1e9},
+        {"base_shift": -1e9, "max_shift": -1e9},
+        {"max_shift": math.nan},
+        {"base_shift": -2.0, "time_shift_type": "linear"},
+    ],
+)
+def test_a_dynamic_shift_that_is_no_number_is_refused(fields):
+    config = parse_flow_config({"use_dynamic_shifting": True, **fields}, name="json")
+    with pytest.raises(ConfigError, match=r"base_shift .* and max_shift .* for 512 image tokens"):
+        flow_sigmas(config, 4, sequence_length=512)
+
+
+def test_errors_of_configs_are_short():
+    """Long values, long names, and many of them; nothing of them reaches the terminal raw."""
+    for fields in (
+        {"shift": "x" * 5000},
+        {"\x1b[31m" + "k" * 5000: [1] * 5000},
+        {"timestep_spacing": "x" * 5000},
+        {"_class_name": ["x"] * 5000},
+        {f"unknown_{k}": "x" * 500 for k in range(500)},
+    ):
+        for parse in (parse_flow_config, parse_discrete_config):
+            with pytest.raises(ConfigError) as caught:
+                parse({"_class_name": "EulerDiscreteScheduler", **fields}, name="json")
+            lines = str(caught.value).splitlines()
+            assert len(lines) <= 13
+            assert max(map(len, lines)) < 220
+            assert "\x1b" not in str(caught.value)
+    assert lines[-1] == "  and 489 more"
+
+
 def test_a_shift_from_the_user_replaces_dynamic_shifting():
     dynamic = parse_flow_config(FLOW["dynamic"], name="scheduler_config.json")
     schedule = flow_sigmas(dynamic, 4, sequence_length=4096, shift=2.0)
@@ -91,6 +125,10 @@ def test_settings_out_of_range_are_refused(steps, kwargs):
         ("shfit", 1.0),
         ("shift", 0.0),
         ("max_image_seq_len", 256),
+        ("shift", math.nan),
+        ("shift", 10**400),
+        ("shift_terminal", 1.0),
+        ("base_image_seq_len", 10**400),
     ],
 )
 def test_an_unsupported_flow_config_names_the_field(field, value):
@@ -299,6 +337,9 @@ def test_the_published_scheduler_configs_are_understood():
         ("variance_type", "learned_range"),
         ("trained_betas", [0.1, 0.2]),
         ("original_inference_steps", 0),
+        ("beta_start", math.nan),
+        ("beta_end", 1.0),
+        ("beta_start", 0.0),
         ("set_alpha_to_two", True),
     ],
 )

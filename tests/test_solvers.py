@@ -27,17 +27,20 @@ from eqxdiff.sampling import (
     EulerAncestral,
     Flow,
     Heun,
+    Interval,
     Row,
     Schedule,
     StochasticDDIM,
     UniPC,
     VPrediction,
+    add_noise,
     begin,
     default_sampler,
     discrete_schedule,
     find_sampler,
     flow_schedule,
     flow_sigmas,
+    noise_levels,
     parameterization_of,
     parse_discrete_config,
     parse_flow_config,
@@ -45,6 +48,7 @@ from eqxdiff.sampling import (
     start,
     step,
 )
+from eqxdiff.sampling.solvers._base import transfer
 from eqxdiff.sampling.solvers.unipc import _moments
 
 
@@ -153,12 +157,15 @@ ORDERS = {
     "pndm": (PNDM(), 2),
     "lms": (LMS(), 2),
     "lms straight": (LMS(straight=True), 2),
+    "lms order 2": (LMS(straight=True, order=2), 2),
 }
 INNER_ORDERS = {
     "dpmpp 2m": (DPMpp2M(), 2),
     "unipc": (UniPC(), 3),
     "lms": (LMS(), 4),
     "lms straight": (LMS(straight=True), 4),
+    "lms order 3": (LMS(order=3), 3),
+    "lms order 2": (LMS(straight=True, order=2), 2),
 }
 
 
@@ -336,6 +343,149 @@ def test_trajectory_sampling_without_noise_is_ddim():
     np.testing.assert_allclose(tcd, sample(denoiser, noise(), schedule, DDIM()), rtol=1e-5)
 
 
+# Where diffusers does otherwise, on purpose.
+
+
+def diffusers_plms(denoiser, x, schedule, *, of_v):
+    """PNDM of diffusers on a schedule's rows: the formulas apply to v where a model predicts it."""
+    weights = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+    past = []
+    for index in range(schedule.steps):
+        at, to = schedule[index], schedule[index + 1]
+
+        def output(x, row):
+            eps = (x - row.alpha * denoiser(x, row)) / row.sigma
+            return row.alpha * eps - row.sigma * denoiser(x, row) if of_v else eps
+
+        def reach(combined, x=x, at=at, to=to):
+            eps = at.alpha * combined + at.sigma * x if of_v else combined
+            return transfer(x, (x - at.sigma * eps) / at.alpha, at, to)
+
+        past = [output(x, at), *past][:4]
+        if index == 0:
+            x = reach((past[0] + output(reach(past[0]), to)) / 2)
+        else:
+            x = reach(sum(w * p for w, p in zip(weights[min(index, 3)], past, strict=False)))
+    return x
+
+
+def widened(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+
+
+def test_pndm_is_of_second_order_for_models_of_v_and_diffusers_of_first(x64):
+    denoiser, x = gaussian(), jnp.asarray(np.asarray(noise(), np.float64))
+    orders = {}
+    for of_v in (False, True):
+        errors = []
+        for steps in (32, 64):
+            schedule = curve(steps)
+            found = diffusers_plms(denoiser, x, schedule, of_v=of_v)
+            errors.append(relative_error(found, denoiser.flow(x, schedule[0], schedule[-1])))
+            if not of_v:
+                assert relative_error(whole(denoiser, x, schedule, PNDM()), found) < 1e-9
+        orders[of_v] = np.log2(errors[0] / errors[1])
+    assert orders == {False: pytest.approx(2, abs=0.2), True: pytest.approx(1, abs=0.2)}
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("linspace", 3), ("linspace", 20), ("trailing", 7), ("trailing", 30)]
+)
+def test_a_step_ends_at_the_level_that_the_network_expects_next(spacing, steps):
+    """DDIM of diffusers ends at the timestep `1000 // steps` below, with more noise or less."""
+    fields = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config = parse_discrete_config(
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing, **fields}, name=""
+    )
+    schedule, data = discrete_schedule(config, steps, find_sampler("ddim").grid), noise() / 3
+    levels, ours, theirs = noise_levels(config), [], []
+
+    def expected(timestep):
+        return Row(*(values[int(timestep)] for values in jax.tree.leaves(levels)))
+
+    def amount(x, row):
+        """How much of the noise that the network expects there is."""
+        return float(jnp.std((x - row.alpha * data) / row.sigma))
+
+    def denoise(x, row):
+        ours.append(amount(x, expected(row.timestep)))
+        return data
+
+    x = add_noise(data, noise() / jnp.std(noise()), schedule[0])
+    with jax.disable_jit():
+        sample(denoise, x, schedule, DDIM())
+    for timestep in map(int, schedule.timestep[:-1]):
+        theirs.append(amount(x, expected(timestep)))
+        x = transfer(x, data, expected(timestep), expected(max(timestep - 1000 // steps, 0)))
+    np.testing.assert_allclose(ours, 1, rtol=2e-4)
+    assert max(abs(np.array(theirs) - 1)) > 0.004
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_zero_snr_loses_no_digits_in_float32(x64, steps):
+    """The exploding form, in which diffusers' Euler computes, loses some at sigma / alpha 4096."""
+    fields = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    fields |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config = parse_discrete_config({"_class_name": "EulerDiscreteScheduler", **fields}, name="")
+    schedule = discrete_schedule(config, steps, find_sampler("euler").grid)
+    denoiser = Denoiser(Toy.init(), VPrediction())
+
+    def exploding(x, schedule):
+        z = x / schedule[0].alpha
+        for index in range(steps):
+            at, to = schedule[index], schedule[index + 1]
+            slope = (z - denoiser(z * at.alpha, at)) / (at.sigma / at.alpha)
+            z = z + slope * (to.sigma / to.alpha - at.sigma / at.alpha)
+        return z
+
+    x = start(noise(), schedule)
+    exact = whole(denoiser, widened(x), widened(schedule), Euler())
+    assert relative_error(exploding(widened(x), widened(schedule)), exact) < 1e-6
+    assert relative_error(whole(denoiser, x, schedule, Euler()), exact) < 1e-6
+    assert relative_error(exploding(x, schedule), exact) > 4e-6
+
+
+def test_euler_hands_on_x_and_not_the_larger_exploding_form():
+    config = parse_discrete_config(
+        {"_class_name": "EulerDiscreteScheduler", **DISCRETE["euler/to the smallest"][1]}, name=""
+    )
+    last = discrete_schedule(config, 20, find_sampler("euler").grid)[-1]
+    assert float(last.alpha**2 + last.sigma**2) == pytest.approx(1, rel=1e-6)
+    assert float(1 / last.alpha) == pytest.approx(1.0004, abs=1e-4)
+
+
+def test_an_interval_is_the_same_steps_with_pndm_as_with_any_solver():
+    """diffusers counts calls of the network, of which PNDM has one more than steps."""
+    config = parse_discrete_config({"_class_name": "EulerDiscreteScheduler"}, name="")
+    acting = {}
+    for name in ("pndm", "ddim"):
+        schedule = discrete_schedule(config, 4, find_sampler(name).grid)
+        interval, seen = Interval.over(schedule, 0.25, 0.75, name="Guidance"), []
+
+        def denoise(x, row, interval=interval, seen=seen):
+            seen.append((float(row.timestep), bool(interval.contains(row))))
+            return x
+
+        with jax.disable_jit():
+            sample(denoise, noise(), schedule, find_sampler(name).solver)
+        acting[name] = {timestep for timestep, acts in seen if acts}
+        assert len(seen) == (5 if name == "pndm" else 4)
+    assert acting["pndm"] == acting["ddim"] == {float(t) for t in schedule.timestep[1:3]}
+
+
+def test_linear_multistep_of_a_flow_stands_steep_slopes():
+    """Guidance makes the slopes of a flow steep, and the fourth order diverges there."""
+    schedule, end = flow_schedule(20), noise() / 3
+
+    def denoise(x, row):  # the slope is 10 (x - end)
+        return x - row.sigma * 10 * (x - end)
+
+    run = lambda solver: sample(denoise, noise(), schedule, solver)
+    assert relative_error(run(find_sampler("lms").solver_for(Flow())), end) < 1e-3
+    assert relative_error(run(Euler()), end) < 1e-3
+    assert relative_error(run(LMS(straight=True)), end) > 1
+
+
 # Noise, cost, dtypes.
 
 
@@ -481,7 +631,7 @@ def test_a_sampler_works_on_a_flow_or_says_that_it_cannot(sampler):
 def test_eta_is_ddims():
     assert isinstance(find_sampler("ddim").solver_for(Epsilon(), eta=0.5), StochasticDDIM)
     assert isinstance(find_sampler("ddim").solver_for(Epsilon(), eta=0.0), DDIM)
-    with pytest.raises(SettingError, match="eta must"):
+    with pytest.raises(SettingError, match=r"`eta` 1.5 is out of range"):
         find_sampler("ddim").solver_for(Epsilon(), eta=1.5)
-    with pytest.raises(SettingError, match="euler has no eta"):
+    with pytest.raises(SettingError, match="euler has no `eta`"):
         find_sampler("euler").solver_for(Epsilon(), eta=0.5)

@@ -155,6 +155,10 @@ def test_another_kind_of_tokenizer_json_is_used_as_it_is(tmp_path):
     write_json(tmp_path / "tokenizer.json", fields)
     write_json(tmp_path / "tokenizer_config.json", {"pad_token": "[E]"})
     assert Tokenizer.load(tmp_path).encode("cat dog cat", 6).ids.tolist() == [2, 0, 2, 1, 1, 1]
+    del fields["model"]["vocab"]["[U]"]  # where this is needed the file is at fault
+    write_json(tmp_path / "tokenizer.json", fields)
+    with pytest.raises(CheckpointError, match="The tokenizer is damaged"):
+        Tokenizer.load(tmp_path).encode("cat dog cat", 6)
 
 
 def test_a_sentencepiece_model_is_read_whole():

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import math
-from functools import cache, partial
+from functools import cache
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FIXTURES, fake_tensor, read_manifest, relative_error
+from helpers import FIXTURES, compiled_fast, fake_tensor, read_manifest, relative_error
 
 from eqxdiff._errors import ConfigError
 from eqxdiff.checkpoint import check, export_infos, leaf_paths, load_module, read_table
@@ -120,6 +120,13 @@ def reference():
     return read_reference()
 
 
+@pytest.fixture
+def level(size):
+    """Squares are compiled as users compile them, and other sizes in less time."""
+    with compiled_fast(size != "square"):
+        yield
+
+
 @cache
 def skeleton(config: UNetConfig) -> UNet:
     return eqx.filter_eval_shape(lambda: UNet.init(config, key=jax.random.key(0)))
@@ -141,17 +148,13 @@ def unet(kind: str, dtype=jnp.float32) -> UNet:
     return load_unet(parse(read_reference()[f"{kind}/config"]), dtype)
 
 
-# Most of the time of these tests would go into optimising.
-jit = partial(eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def added_of(inputs, dtype=jnp.float32) -> AddedConditioning | None:
     if "time_ids" not in inputs:
         return None
     return AddedConditioning(inputs["text_embeds"].astype(dtype), inputs["time_ids"])
 
 
-@jit
+@eqx.filter_jit
 def apply(model: UNet, inputs, dtype=jnp.float32, residuals: Residuals | None = None):
     x, context = inputs["x"].astype(dtype), inputs["context"].astype(dtype)
     return model(
@@ -176,7 +179,7 @@ def assert_agrees(value, reference, name: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_unet_agrees_with_diffusers(reference, kind, size):
+def test_the_unet_agrees_with_diffusers(level, reference, kind, size):
     """Also where a side cannot be halved at every level."""
     out = apply(unet(kind), read_inputs(reference, f"{kind}/{size}"))
     assert_agrees(out, reference, f"{kind}/{size}/out")
@@ -206,7 +209,7 @@ def test_every_norm_has_the_epsilon_of_diffusers(reference, kind):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_bfloat16_errs_no_more_than_diffusers(reference, kind):
+def test_bfloat16_errs_no_more_than_diffusers(fast, reference, kind):
     """Against the same module in float32: ours at most 1.05 times theirs, medians of 32 inputs.
 
     Those of 8 scatter by 15 %, either way.
@@ -244,11 +247,11 @@ def test_every_input_moves_the_output(reference, kind):
         assert relative_error(apply(unet(kind), changed), out) > 0.1, name
 
 
-def test_gradients_reach_every_weight_and_the_prompt(reference):
+def test_gradients_reach_every_weight_and_the_prompt(fast, reference):
     """And are the same when activations are recomputed."""
     inputs = read_inputs(reference, "lcm/square")
 
-    @jit
+    @eqx.filter_jit
     @eqx.filter_grad
     def grad(pair, inputs):
         model, context = pair
@@ -257,8 +260,8 @@ def test_gradients_reach_every_weight_and_the_prompt(reference):
 
     kept = leaf_paths(grad((unet("lcm"), inputs["context"]), inputs))
     for path, leaf in kept.items():
-        assert jnp.all(jnp.isfinite(leaf)), path
-        assert jnp.max(jnp.abs(leaf)) > 1e-4, path
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 1e-4, path
     recomputing = dataclasses.replace(unet("lcm"), remat=True)
     for path, leaf in leaf_paths(grad((recomputing, inputs["context"]), inputs)).items():
         assert relative_error(leaf, kept[path]) < 1e-5, path
@@ -267,13 +270,13 @@ def test_gradients_reach_every_weight_and_the_prompt(reference):
 def test_what_is_embedded_must_be_given(reference):
     inputs = read_inputs(reference, "sdxl/square")
     plain = {name: inputs[name] for name in ("x", "context", "timestep")}
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sdxl"), plain)
-    with pytest.raises(ValueError, match="added conditioning exactly where"):
+    with pytest.raises(ValueError, match="takes `added` if and only if"):
         apply(unet("sd1"), inputs)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("lcm"), plain)
-    with pytest.raises(ValueError, match="guidance scale exactly where"):
+    with pytest.raises(ValueError, match="takes `guidance` if and only if"):
         apply(unet("sd1"), {**plain, "guidance": jnp.float32(7.5)})
 
 

@@ -9,13 +9,12 @@ from helpers import write_checkpoint
 
 from eqxdiff.checkpoint import export_tensors, load_module, read_table
 from eqxdiff.convert import open as opening
-from eqxdiff.convert.recognise import FLUX_DEV, SD1, SD2, SDXL
 from eqxdiff.hub import part
 from eqxdiff.models import find_model
 from eqxdiff.tensors import SafetensorsFile
 
 
-KINDS = {"sd15": SD1, "sd21": SD2, "sdxl": SDXL, "flux-dev": FLUX_DEV}
+MODELS = ("sd15", "sd21", "sdxl", "flux-dev")
 LEVELS = {
     "sd15": [16, 32, 32, 32],
     "sd21": [16, 32, 32, 32],
@@ -39,7 +38,7 @@ def example(model):
     return {**files, "unet/config.json": json.dumps(fields)}
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=MODELS)
 def checkpoint(request, tmp_path_factory):
     """A model, its folder, and a file of all of it in the original layout."""
     model = request.param
@@ -52,7 +51,7 @@ def checkpoint(request, tmp_path_factory):
         (weights,) = (folder / "base" / name).glob("*.safetensors")
         published = read_table(component.table)
         module = load_module(SafetensorsFile(weights), published, component.skeleton(config))
-        table, prefix = KINDS[model].layout[name]
+        table, prefix = family.files.of(model).layout[name]
         tensors |= {
             f"{prefix}.{key.removeprefix(first)}": array
             for first in (_first(table),)

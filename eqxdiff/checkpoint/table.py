@@ -1,7 +1,7 @@
 """Key tables: how the tensor names of a published layout map onto the paths of our leaves.
 
-A table is a TOML file in `weights_map/` that lists exceptions only: a leaf whose dotted path is the
-name of a tensor in the file needs no row. Its whole vocabulary:
+A table is a TOML file, such as those in `weights_map/`. It lists exceptions only: a leaf whose
+dotted path is the name of a tensor in the file needs no row. Its whole vocabulary:
 
 ```toml
 prefix = ["model.diffusion_model"]   # precedes every name in the file; "" in the list: or nothing
@@ -48,10 +48,14 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources.abc import Traversable
 from typing import Any
 
 
 Segments = tuple[str, ...]
+
+TableFile = str | Traversable
+"""A key table: its name in `weights_map/`, or the TOML file itself, wherever it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Pattern:
         return frozenset(self.segments) - {"*"}
 
     def find(self, name: Segments) -> Iterator[tuple[int, int, Segments]]:
-        """Every `(start, stop, what the stars stand for)` at which the pattern matches."""
+        """Yields `(start, stop, what the stars stand for)` for each place that matches."""
         length = len(self.segments)
         starts = range(len(name) - length + 1) if self.floating else range(min(1, len(name)))
         for start in starts:
@@ -149,14 +153,14 @@ class Table:
 
     @classmethod
     def parse(cls, text: str, name: str = "table") -> "Table":
-        """**Raises:** `ValueError` where `text` is not a table."""
+        """Reads the text of a table. **Raises:** `ValueError` where `text` is not a table."""
         try:
             return cls(name, **_parse(tomllib.loads(text)))
         except ValueError as error:
             raise ValueError(f"{name}.toml: {error}") from None
 
     def stack_depth_at(self, path: str) -> int | None:
-        """After how many segments of a leaf's path the layer's index comes; `None`: no stack."""
+        """Counts the segments of a leaf's path before the layer's index; `None`: no stack."""
         segments = tuple(path.split("."))
         for pattern in self.stack:
             if not pattern.literals.issubset(segments):
@@ -170,7 +174,7 @@ class Table:
         return any(p.literals <= segments and p.matches(tensor) for p in self.drop)
 
     def uses(self, name: str) -> tuple[Use, ...]:
-        """The tensors that make the leaf `name` (a path with the layer's index in it)."""
+        """Returns the tensors that make the leaf `name` (a path with the layer's index in it)."""
         segments = tuple(name.split("."))
         for whole, parts in self.split:
             uses = []
@@ -214,7 +218,7 @@ class Table:
     def _spell(
         self, name: Segments, spans: list[tuple[int, int, tuple[Segments, ...]]]
     ) -> tuple[str, ...]:
-        """The spellings of a name of which the `spans` are already rewritten."""
+        """Returns the spellings of a name whose `spans` are already rewritten."""
         spans, present = list(spans), frozenset(name)
         for ours, spellings in self.rename:
             if not ours.literals <= present:
@@ -253,15 +257,22 @@ class Table:
         return self._modifier(self.optional, name)
 
 
-def read_table(name: str) -> Table:
-    """Reads `weights_map/{name}.toml`.
+def read_table(table: TableFile) -> Table:
+    """Reads `weights_map/{table}.toml`, or the TOML file that is given.
 
     **Raises:** `ValueError` where there is no such table or it breaks the grammar.
     """
-    file = importlib.resources.files("eqxdiff.weights_map") / f"{name}.toml"
+    where = f"weights_map/{table}.toml" if isinstance(table, str) else str(table)
+    tables = importlib.resources.files("eqxdiff.weights_map")
+    file = tables / f"{table}.toml" if isinstance(table, str) else table
     if not file.is_file():
-        raise ValueError(f"there is no table weights_map/{name}.toml")
-    return Table.parse(file.read_text(encoding="utf-8"), name)
+        raise ValueError(f"there is no table {where}")
+    return Table.parse(file.read_text(encoding="utf-8"), table_name(table))
+
+
+def table_name(table: TableFile) -> str:
+    """Returns what a table is called: the name of its file without the ending."""
+    return table if isinstance(table, str) else table.name.removesuffix(".toml")
 
 
 def _parse(rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: of a file on the Hub only those are fetched."""
+"""What a checkpoint holds, from its headers alone: nothing else of a file on the Hub is fetched."""
 
 import collections
 import dataclasses
@@ -12,36 +12,37 @@ import numpy as np
 from huggingface_hub import constants
 
 from .._errors import CheckpointError, SourceError
-from ..checkpoint import check, read_table
-from ..checkpoint.plan import condense
+from ..checkpoint import check
+from ..checkpoint.listing import condense
+from ..checkpoint.table import table_name
 from ..hub import Source, is_file, open_source
-from ..hub.source import NETWORK_ERRORS, explain
-from ..models import Family, find_model
+from ..hub.explain import NETWORK_ERRORS, explain
+from ..models import Family, Lookalikes, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
 from .open import plain
-from .recognise import REST, Lookalikes, describe, find_pieces, locate
+from .recognise import denoisers, describe, find_pieces, leftovers, locate
 
 
 HEAD_BYTES = 64 << 10
-"""What is fetched of a remote file at first: the whole header of most components."""
+"""The number of bytes fetched of a remote file at first: most headers are shorter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Portrait:
-    """What `inspect` tells.
+    """What a checkpoint holds.
 
     **Fields:**
 
-    - `model`: what model it is of, in words; `None` where nothing tells.
-    - `models`: those whose headers look so, the likeliest first.
+    - `model`: the model that it is of, in words; `None` where this is unknown.
+    - `models`: the names of all models with such headers, the likeliest first.
     - `layout`: `"diffusers"`, `"single file"`, or `"component"` for one alone in a file.
     - `components`: by name, or by the name of the table where no model is known: its layout,
         prefix, number of tensors and parameters, bytes, and dtypes with their tensors.
     - `missing`: components or tensors that the model has besides.
     - `extra`: tensors that belong to nothing.
-    - `problems`: other ways in which it does not fit its own configs.
-    - `metadata`: of the files' headers.
+    - `problems`: other mismatches with its own configs.
+    - `metadata`: the texts in the files' headers.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Portrait:
 
 
 class Header(AbstractTensorSource):
-    """The tensors of a file of which nothing but the header is here."""
+    """The tensors of a file whose header alone is here."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
         self._tensors, self.metadata = dict(tensors), dict(metadata)
@@ -69,7 +70,7 @@ class Header(AbstractTensorSource):
         return self._tensors
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        raise CheckpointError(f"{name} is not here, only its header.")
+        raise CheckpointError(f"{name} cannot be read: only the header of its file is here.")
 
 
 def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> Portrait:
@@ -78,7 +79,7 @@ def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> 
     **Arguments:**
 
     - `revision`: of a repository.
-    - `pickle`: whether a pickle may be looked into.
+    - `pickle`: whether pickles may be read.
 
     **Raises:** `SourceError`, or `CheckpointError` where a header is damaged.
     """
@@ -96,30 +97,31 @@ def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> 
 def _of_file(spec: str, file: AbstractTensorSource) -> Portrait:
     metadata = file.metadata if isinstance(file, SafetensorsFile | Header) else {}
     pieces, rest = find_pieces(file.tensors)
-    kind = describe(file)
-    drops = read_table(REST).drops
+    sort = describe(file)
+    drops = leftovers().drops
     components: dict[str, dict[str, Any]] = {}
     for piece in pieces:
-        places = () if kind is None else kind.layout.items()
-        name = next((n for n, place in places if place == (piece.table, piece.prefix)), piece.table)
+        places = () if sort is None else sort.layout.items()
+        layout = table_name(piece.table)
+        name = next((n for n, place in places if place == (piece.table, piece.prefix)), layout)
         name = name if name not in components else piece.prefix
         infos = [file.tensors[tensor] for tensor in piece.names]
-        components[name] = {"layout": piece.table, "prefix": piece.prefix, **_count(infos)}
-    whole = kind is not None and len(pieces) > 1
-    missing = [name for name in kind.layout if name not in components] if whole and kind else []
+        components[name] = {"layout": layout, "prefix": piece.prefix, **_count(infos)}
+    whole = sort is not None and len(pieces) > 1
+    missing = [name for name in sort.layout if name not in components] if whole and sort else []
     extra = condense([name for name in rest if not drops(name)], file.tensors)
     layout = "single file" if len(pieces) != 1 else "component"
     infos = list(file.tensors.values())
-    return _portrait(spec, kind, layout, infos, components, missing, extra, [], metadata)
+    return _portrait(spec, sort, layout, infos, components, missing, extra, [], metadata)
 
 
 def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
-    """A folder is held against its own configs."""
+    """Compares a folder with its own configs."""
     headers: dict[str, AbstractTensorSource] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
     index = source.read_json("model_index.json")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    names = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     for name in names:
         if not source.exists(f"{name}/config.json"):
             continue
@@ -134,16 +136,16 @@ def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
             tensors |= header.tensors
             metadata |= header.metadata
         headers[name] = Header(tensors, {})
-    denoisers = (describe(headers[name]) for name in ("transformer", "unet") if name in headers)
-    kind = next(denoisers, None)
+    found = (describe(headers[name]) for name in denoisers() if name in headers)
+    sort = next(found, None)
     infos = [info for header in headers.values() for info in header.tensors.values()]
     components = {name: _count(header.tensors.values()) for name, header in headers.items()}
     missing: list[str] = []
-    if kind is not None and kind.models:
-        family, _ = find_model(kind.models[0])
+    if sort is not None and sort.models:
+        family, _ = find_model(sort.models[0])
         missing = [name for name in family.components if name not in headers]
         problems += _misfits(family, source, headers)
-    return _portrait(spec, kind, "diffusers", infos, components, missing, [], problems, metadata)
+    return _portrait(spec, sort, "diffusers", infos, components, missing, [], problems, metadata)
 
 
 def _misfits(
@@ -184,7 +186,7 @@ def _count(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 
 def _portrait(
     name: str,
-    kind: Lookalikes | None,
+    sort: Lookalikes | None,
     layout: str,
     infos: list[TensorInfo],
     components: dict[str, dict[str, Any]],
@@ -194,8 +196,8 @@ def _portrait(
     metadata: Mapping[str, str],
 ) -> Portrait:
     count = _count(infos)
-    models = [] if kind is None else list(kind.models)
-    summary = None if kind is None else kind.summary
+    models = [] if sort is None else list(sort.models)
+    summary = None if sort is None else sort.summary
     sizes = count["parameters"], count["bytes"], count["dtypes"]
     return Portrait(
         name, summary, models, layout, *sizes, components, missing, extra, problems, dict(metadata)
@@ -203,7 +205,7 @@ def _portrait(
 
 
 def remote_header(repository: str, file: str, revision: str | None) -> Header:
-    """The header of a safetensors file on the Hub, by requests for its first bytes alone.
+    """Reads the header of a safetensors file on the Hub by requests for its first bytes alone.
 
     **Raises:** `SourceError`, `CheckpointError`.
     """
@@ -224,7 +226,7 @@ def remote_header(repository: str, file: str, revision: str | None) -> Header:
 def _fetch(
     repository: str, file: str, revision: str | None, start: int, length: int
 ) -> tuple[bytes, int]:
-    """Some bytes of a remote file, and how many it has."""
+    """Fetches some bytes of a remote file; returns them and the size of the file."""
     url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
     headers = huggingface_hub.utils.build_hf_headers(library_name="eqxdiff")
     headers["Range"] = f"bytes={start}-{start + length - 1}"

@@ -11,9 +11,9 @@ from typing import Any
 from .._errors import SettingError, SourceError
 from ..checkpoint import Table
 from ..hub import Source, is_file, open_part, open_source
-from ..models import Family, find_model
+from ..models import Family, Lookalikes, find_model
 from ..tensors import PICKLES, AbstractTensorSource, dequantised, open_tensors
-from .recognise import KINDS, Lookalikes, claim, describe, locate
+from .recognise import claim, denoisers, describe, locate
 
 
 FLAX = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
@@ -35,10 +35,11 @@ class Checkpoint:
 
     **Fields:**
 
-    - `model`: what it is taken for; others may have the same header.
-    - `components`: those that it has.
+    - `model`: the model that it is taken for; others may have the same header.
+    - `components`: the components that it has.
     - `configs`: where configs and tokenizers come from.
-    - `stamp`: when local files were last changed.
+    - `stamp`: tells these files from others that have the same headers: the commit of a repository,
+        or when each local file was last changed.
     """
 
     name: str
@@ -50,29 +51,29 @@ class Checkpoint:
 
     @property
     def missing(self) -> list[str]:
-        """The components that the model has besides."""
+        """The components of the model that the checkpoint lacks."""
         return [name for name in self.family.components if name not in self.components]
 
     @property
     def alike(self) -> list[str]:
         """The other models whose files look the same."""
-        models = (kind.models for kind in KINDS if self.model in kind.models)
-        return [name for names in models for name in names if name != self.model]
+        sort = self.family.files.of(self.model)
+        return [] if sort is None else [name for name in sort.models if name != self.model]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all names, shapes and dtypes."""
+        """A hash of the stamp and of all names, shapes and dtypes."""
         infos = {
             name: [
                 (key, *info.shape, str(info.dtype)) for key, info in part.tensors.tensors.items()
             ]
             for name, part in self.components.items()
         }
-        text = json.dumps([self.name, self.model, self.configs.name, infos])
+        text = json.dumps([self.name, self.model, self.configs.name, self.stamp, infos])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def completed(self) -> "Checkpoint":
-        """With the missing components, from where the configs are. **Raises:** `SourceError`."""
+        """Adds the missing components from the place of the configs. **Raises:** `SourceError`."""
         more = {}
         for name in self.missing:
             component = self.family.components[name]
@@ -90,16 +91,16 @@ def open_checkpoint(
     revision: str | None = None,
     pickle: bool = False,
 ) -> Checkpoint:
-    """Opens what is to be converted.
+    """Opens a checkpoint that is to be converted.
 
     **Arguments:**
 
     - `spec`: a folder or Hub repository in the diffusers layout, with weights of PyTorch or Flax,
         or a single file of any layout: a path or `REPOSITORY:FILE`.
-    - `model`: such as `"sd21-base"`, where the header does not say it.
-    - `configs`: a folder or repository with the configs of a single file; by default the model's
+    - `model`: the name of the model, needed where the header does not tell it.
+    - `configs`: a folder or repository with the configs of a single file, by default the model's
         own repository.
-    - `revision`: of the repository.
+    - `revision`: a branch, tag or commit of the repository.
     - `pickle`: whether pickles may be read: their tensors and nothing else.
 
     **Raises:** `SourceError`, `ConfigError`, or `CheckpointError`, with everything that is left
@@ -108,11 +109,11 @@ def open_checkpoint(
     if is_file(spec):
         return _open_file(spec, model, configs, revision, pickle)
     if configs is not None:
-        raise SettingError(f"{spec} has configs of its own: others would be ignored.")
+        raise SettingError(f"{spec} has configs of its own: `configs` would be ignored.")
     source = open_source(spec, revision=revision)
     find = functools.cache(lambda name: source_tensors(source, name, pickle=pickle))
     if model is None:
-        folders = (name for name in ("transformer", "unet") if source.exists(f"{name}/config.json"))
+        folders = (name for name in denoisers() if source.exists(f"{name}/config.json"))
         denoiser = next(folders, None)
         model = _guess(None if denoiser is None else describe(find(denoiser)), spec)
     family, _ = find_model(model)
@@ -120,7 +121,7 @@ def open_checkpoint(
     for name, component in family.components.items():
         skeleton = component.skeleton(_config(family, source, name))
         components[name] = Opened(*locate(find(name), component.table, skeleton), skeleton)
-    return Checkpoint(spec, model, family, components, source, _stamp(Path(spec).expanduser()))
+    return Checkpoint(spec, model, family, components, source, _stamp(source))
 
 
 def _open_file(
@@ -140,17 +141,22 @@ def _open_file(
         name: Opened(piece.of(tensors), piece.key_table(), skeletons[name])
         for name, piece in claim(tensors, wanted, part.file or spec).items()
     }
-    return Checkpoint(spec, model, family, components, source, _stamp(part.path()))
+    stamp = _stamp(part.source, part.path()) + _stamp(source)
+    return Checkpoint(spec, model, family, components, source, stamp)
 
 
-def _stamp(path: Path) -> str:
-    files = [path, *sorted(path.rglob("*"))] if path.exists() else []
-    return repr([(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()])
+def _stamp(source: Source, file: Path | None = None) -> str:
+    """Identifies a folder or repository, or one file of it."""
+    root = Path(source.name)
+    if not root.is_dir():
+        return repr((file, dict(source.identity)))
+    files = sorted(root.rglob("*")) if file is None else [file]
+    return repr([(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()])
 
 
 def _guess(kind: Lookalikes | None, spec: str) -> str:
     if kind is None:
-        raise SettingError(f"{spec} does not tell which model it is of: name it with --model.")
+        raise SettingError(f"{spec} does not tell which model it is of: name it with `model`.")
     if not kind.models:
         raise SettingError(f"{spec} holds {kind.summary}, which is not supported.")
     return kind.models[0]
@@ -161,7 +167,7 @@ def _config(family: Family, source: Source, name: str) -> Any:
 
 
 def source_tensors(source: Source, part: str, *, pickle: bool = False) -> AbstractTensorSource:
-    """The weights of a component of a folder, be they of PyTorch or of Flax.
+    """Opens the weights of a component of a folder, whether PyTorch or Flax wrote them.
 
     **Raises:** `SourceError`, `CheckpointError`.
     """
@@ -176,7 +182,7 @@ def source_tensors(source: Source, part: str, *, pickle: bool = False) -> Abstra
 
 
 def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of the Flax classes as one of those that took their place."""
+    """Turns a config of the Flax classes into one of the classes that took their place."""
     return {key: _plain(value) for key, value in fields.items()}
 
 

@@ -2,32 +2,35 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import DTypeLike
 
 from .._errors import SettingError, SourceError
 from ..checkpoint import read_table
-from ..checkpoint.load import Reader
+from ..checkpoint.read import Reader
 from ..checkpoint.save import cut, header, index_text
-from ..hub.source import HEAVY, INDEX
+from ..hub.explain import INDEX
+from ..hub.source import HEAVY
 from ..tensors import TensorInfo
 from .open import Checkpoint, plain
 from .recast import Recast
-from .recognise import KINDS, find_pieces
+from .recognise import find_pieces
 
 
 METADATA = {"format": "pt"}
 
 Progress = Callable[[str, int, int], None]
-"""Called with the file that is written, the bytes written so far of all files, and all bytes."""
+"""Called with the name of the file, the bytes written so far of all files, and all bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,8 @@ class OutputFile:
     **Fields:**
 
     - `path`: within the destination.
-    - `tensors`: by the name in the file: whose they are.
-    - `data`: of a file that is not weights.
+    - `tensors`: the name of each tensor in the file -> its component.
+    - `data`: the bytes of a file without tensors.
     """
 
     path: str
@@ -55,8 +58,10 @@ class OutputFile:
 
 
 def plan_folder(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> list[OutputFile]:
-    """The files of a folder in the diffusers layout, weights first. **Raises:** `CheckpointError`,
-    `SourceError`."""
+    """Plans the files of a folder in the diffusers layout, weights first.
+
+    **Raises:** `CheckpointError`, `SourceError`.
+    """
     targets = []
     for name, opened in checkpoint.components.items():
         component = checkpoint.family.components[name]
@@ -74,7 +79,7 @@ def plan_folder(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> list[
 
 
 def _texts(checkpoint: Checkpoint) -> list[OutputFile]:
-    """Configs and tokenizers, as the diffusers of today names its classes."""
+    """Plans the configs and tokenizers, with the class names of today's diffusers."""
     source, family = checkpoint.configs, checkpoint.family
     index = plain(source.read_json(INDEX))
     parts = [*family.components, *family.tokenizers, "scheduler"]
@@ -100,17 +105,17 @@ def _json(fields: Mapping[str, Any]) -> bytes:
 def plan_file(
     checkpoint: Checkpoint, path: str, dtype: DTypeLike | None = None, only: str | None = None
 ) -> list[OutputFile]:
-    """The original single file of the model.
+    """Plans the original single file of the model.
 
     **Arguments:**
 
-    - `only`: a component to be alone in the file, its names without a prefix.
+    - `only`: one component that alone is written, its names without a prefix.
 
     **Raises:** `CheckpointError`; `SettingError` where the checkpoint has no such component, or the
     model no such layout.
     """
-    kind = next((kind for kind in KINDS if checkpoint.model in kind.models), None)
-    if kind is None:
+    sort = checkpoint.family.files.of(checkpoint.model)
+    if sort is None:
         raise SettingError(f"There is no single-file layout for {checkpoint.model}.")
     components = checkpoint.components
     if only is not None and only not in components:
@@ -119,7 +124,7 @@ def plan_file(
     tensors = {}
     for name, opened in components.items():
         if only in (None, name):
-            table, prefix = kind.layout[name]
+            table, prefix = sort.layout[name]
             prefixes = (prefix if only is None else "",)
             table = dataclasses.replace(read_table(table), prefix=prefixes)
             recast = Recast.make(name, opened, table, dtype)
@@ -143,26 +148,32 @@ def write_folder(
 ) -> None:
     """Writes a folder, which appears when it is complete.
 
-    What is written meanwhile lies in a hidden folder beside it; another attempt goes on from there.
+    The files are written into a hidden folder beside it. Where this was interrupted, another
+    conversion of the same files to the same files goes on from there.
 
-    **Raises:** `SourceError` where the folder exists or cannot be written, `CheckpointError`.
+    **Raises:** `SourceError` where the folder exists, cannot be written, or is being written by
+    another process; `CheckpointError`.
     """
-    if folder.exists():
-        raise SourceError(f"{folder} exists already: name a folder that does not.")
+    _refuse_existing(folder, "a folder")
     draft = folder.with_name(f".{folder.name}.part")
+    mark = draft / "job"
     files = [(target.path, target.nbytes) for target in targets]
     job = hashlib.sha256(f"{checkpoint.fingerprint} {files}".encode()).hexdigest()
     try:
-        mark = draft / "job"
         if draft.exists() and not mark.is_file():
             raise SourceError(f"{draft} is in the way and not of an earlier attempt: remove it.")
-        if draft.exists() and mark.read_text() != job:
-            shutil.rmtree(draft)
         draft.mkdir(parents=True, exist_ok=True)
-        mark.write_text(job)
-        _write_all(draft, targets, progress)
-        mark.unlink()
-        draft.rename(folder)
+        with _locked(mark, folder) as file:
+            _refuse_existing(folder, "a folder")  # another process may have finished meanwhile
+            if file.read() != job:
+                _empty(draft, mark)
+                file.seek(0)
+                file.truncate()
+                file.write(job)
+                file.flush()
+            _write_all(draft, targets, progress, "part")
+            mark.unlink()
+            draft.rename(folder)
     except OSError as error:
         raise SourceError(f"{folder} cannot be written: {error.strerror}.") from None
 
@@ -177,42 +188,70 @@ def write_file(
 
     **Raises:** `SourceError` where it exists or cannot be written, `CheckpointError`.
     """
-    if path.exists():
-        raise SourceError(f"{path} exists already: name a file that does not.")
+    _refuse_existing(path, "a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_all(path.parent, targets, progress)
+        # an ending of its own, as another process may be writing a file of the same name
+        _write_all(path.parent, targets, progress, f"{secrets.token_hex(4)}.part")
     except OSError as error:
         raise SourceError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _write_all(root: Path, targets: list[OutputFile], progress: Progress | None) -> None:
+def _refuse_existing(path: Path, what: str) -> None:
+    if path.exists():
+        raise SourceError(f"{path} exists already: name {what} that does not.")
+
+
+@contextlib.contextmanager
+def _locked(mark: Path, folder: Path) -> Iterator[TextIO]:
+    """Opens a file for this process alone. **Raises:** `SourceError` where another has it open."""
+    with open(mark, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SourceError(f"Another conversion is writing {folder}: wait for it.") from None
+        file.seek(0)
+        yield file
+
+
+def _empty(draft: Path, mark: Path) -> None:
+    """Removes what another conversion has left."""
+    for entry in draft.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry != mark:
+            entry.unlink()
+
+
+def _write_all(
+    root: Path, targets: list[OutputFile], progress: Progress | None, ending: str
+) -> None:
+    """Writes each file under a hidden name with this ending, and then gives it its own name."""
     total, done = sum(target.nbytes for target in targets), 0
     for target in targets:
         path = root / target.path
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")
-            try:
-                with open(part, "wb") as file:
-                    for index, piece in enumerate(_pieces(target)):
-                        file.write(piece)
-                        if target.tensors and index == 0:
-                            continue  # the header is not counted
-                        done += len(piece)
-                        if progress is not None:
-                            progress(target.path, done, total)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-        else:
+        if path.exists():
             done += target.nbytes
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{ending}")
+        try:
+            with open(part, "wb") as file:
+                for index, piece in enumerate(_pieces(target)):
+                    file.write(piece)
+                    if target.tensors and index == 0:
+                        continue  # the header is not counted
+                    done += len(piece)
+                    if progress is not None:
+                        progress(target.path, done, total)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _pieces(target: OutputFile) -> Iterator[bytes | memoryview]:
-    """The bytes of a file; of tensors, the header first."""
+    """Yields the bytes of a file: where it holds tensors, the header first."""
     if not target.tensors:
         yield target.data
         return

@@ -81,9 +81,9 @@ def chunked_attention(
         (_, total, out), _ = jax.lax.scan(step, carry, (k_blocks, v_blocks, *parts))
         return (out / total).astype(q.dtype)
 
-    q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
-    k_blocks, v_blocks = _blocks(k, 1, columns), _blocks(v, 1, columns)
-    out = jax.lax.map(attend, jax.tree.map(query_blocks, (q, bias, mask)))
+    heads_first = lambda x: x.transpose(1, 0, 2)
+    k_blocks, v_blocks = (_blocks(heads_first(x), 1, columns) for x in (k, v))
+    out = jax.lax.map(attend, jax.tree.map(query_blocks, (heads_first(q), bias, mask)))
     return out.transpose(0, 2, 1, 3).reshape(-1, heads, width)[:queries]
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
-from ..models import Family, LoraFormat
+from ..models import LoraFormat
 from ..tensors import AbstractTensorSource, show
+from .components import NamedFamily
 from .formats import check_names, find_format, split_name
 from .kinds import DeltaKind, Shape, Tensors, find_kind
 from .strength import Strength
@@ -150,7 +151,7 @@ def parse_adapter(
     name: str,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
-    families: Sequence[Family] | None = None,
+    families: Sequence[NamedFamily] | None = None,
 ) -> Adapter:
     """Parses the tensors of an adapter.
 
@@ -280,7 +281,7 @@ class Alphas:
 
 
 def _by_component(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{"transformer.lora_alpha": 4}` -> `{"transformer": {"lora_alpha": 4}}`."""
+    """`{"NAME.lora_alpha": 4}` -> `{"NAME": {"lora_alpha": 4}}`."""
     configs: dict[str, dict[str, Any]] = {}
     for key, value in fields.items():
         component, _, field = key.rpartition(".")

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 
-from ..models import Family
 from .adapter import Adapter
-from .components import every_family
+from .components import NamedFamily, every_family
 
 
-def guess_base(adapter: Adapter, families: Sequence[Family] | None = None) -> str:
+def guess_base(adapter: Adapter, families: Sequence[NamedFamily] | None = None) -> str:
     """Returns the name of the first model that some patch fits; `"unknown"` where none does.
 
     **Arguments:**

@@ -2,16 +2,16 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from ..checkpoint import Table, read_table
 from ..checkpoint.load import dotted, is_leaf
 from ..checkpoint.plan import Move
-from ..convert.recognise import FORMS
-from ..models import Component, Family, families as known_families
+from ..checkpoint.table import TableFile
+from ..models import Component, LoraNames, families as known_families
 
 
 WHOLE = "model"
@@ -56,33 +56,43 @@ class _Known:
 
     cls: type
     name: str
-    layouts: tuple[str, ...]
+    layouts: tuple[TableFile, ...]
     prefixes: tuple[str, ...]
 
 
-def every_family(families: Sequence[Family] | None = None) -> Sequence[Family]:
+@runtime_checkable
+class NamedFamily(Protocol):
+    """The part of a family that adapters need."""
+
+    @property
+    def components(self) -> Mapping[str, Component]: ...
+
+    @property
+    def lora(self) -> LoraNames: ...
+
+
+def every_family(families: Sequence[NamedFamily] | None = None) -> Sequence[NamedFamily]:
     """Returns the given families, or all that there are."""
     return known_families() if families is None else families
 
 
-def _layouts(component: Component) -> tuple[str, ...]:
-    """The names of the key tables of a component, that of the diffusers layout first."""
-    forms = (form.table for form in FORMS.get(component.table, ()))
-    return tuple(dict.fromkeys((component.table, *forms)))
-
-
-def _known(families: Sequence[Family]) -> Iterator[_Known]:
+def _known(families: Sequence[NamedFamily]) -> Iterator[_Known]:
     for family in families:
         for name, component in family.components.items():
             if inspect.ismethod(component.init) and isinstance(component.init.__self__, type):
                 listed = family.lora.prefixes.get(name, ())
-                yield _Known(component.init.__self__, name, _layouts(component), listed)
+                yield _Known(
+                    component.init.__self__,
+                    name,
+                    tuple(form.table for form in component.forms),
+                    listed,
+                )
 
 
 def find_components(
     model: Any,
     tables: Sequence[Table] | None = None,
-    families: Sequence[Family] | None = None,
+    families: Sequence[NamedFamily] | None = None,
 ) -> list[AdaptedComponent]:
     """Finds the components in a PyTree: a pipeline, a dictionary of modules, or one module.
 

@@ -14,12 +14,12 @@ from ..tensors import TensorInfo
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """An adapter of the difference of two models, in the format of diffusers.
+    """An adapter for the difference of two models, in the format of diffusers.
 
     **Fields:**
 
     - `tensors`: by name.
-    - `kept`: of each component, the share of the difference's energy (its squares) that is kept.
+    - `kept`: component -> the share of the difference's energy (its squares) that the adapter has.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -35,24 +35,24 @@ def extract(
     dtype: Any = np.float32,
     bias: bool = True,
 ) -> Extracted:
-    """The best adapter of a rank for what turns one model into another.
+    """Returns the adapter of a rank that comes closest to turning one model into another.
 
-    Each matrix or kernel that differs becomes `up @ down` by singular values, the square roots of
-    which each takes; vectors that differ are kept in full.
+    The difference of each matrix or kernel becomes `up @ down` by its singular values, and each
+    factor takes their square roots. Differences of vectors are kept in full.
 
     **Arguments:**
 
     - `base`, `tuned`: components by name, of the same shapes.
-    - `tables`: of the layout in which to name the tensors, by component.
-    - `rank`: at most; a smaller matrix has less.
-    - `dtype`: of the tensors.
+    - `tables`: the key tables that name the tensors, by component.
+    - `rank`: the rank of each matrix, at most.
+    - `dtype`: the dtype of the tensors.
     - `bias`: keep the changes of biases and norms, which diffusers does not read.
 
     **Raises:** `CheckpointError` where the models differ in more than their numbers or do not
     differ at all; `SettingError` for a rank below 1.
     """
     if rank < 1:
-        raise SettingError(f"--rank {rank} is out of range: it is at least 1.")
+        raise SettingError(f"`rank` {rank} is out of range: it is at least 1.")
     tensors: dict[str, np.ndarray] = {}
     kept: dict[str, float] = {}
     for name, module in base.items():
@@ -84,7 +84,7 @@ def extract(
 
 
 def factorize(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """`up` of shape `(out, rank)` and `down` of `(rank, in)`; with a kernel's axes for a kernel."""
+    """Returns `up` of shape `(out, rank)` and `down` of `(rank, in)`; a kernel keeps its axes."""
     flat = delta.reshape(delta.shape[0], -1)
     u, s, vt = np.linalg.svd(flat, full_matrices=False)
     rank = min(rank, s.size)
@@ -99,7 +99,7 @@ def _shapes(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
 
 
 def _differences(base: Any, tuned: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and difference of each tensor that is not the same."""
+    """The name and the difference of each tensor that differs."""
     after = dict(export_tensors(tuned, table))  # in an order of its own if the dtypes differ
     for tensor, before in export_tensors(base, table):
         delta = after.pop(tensor).astype(np.float32) - before.astype(np.float32)

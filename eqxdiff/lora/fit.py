@@ -12,11 +12,11 @@ import numpy as np
 
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths
-from ..checkpoint.plan import Shape, condense
-from ..models import Family
+from ..checkpoint.listing import condense
+from ..checkpoint.plan import Shape
 from ..nn import Conv2d, Linear
 from .adapter import Adapter, Patch
-from .components import AdaptedComponent, find_components, follow
+from .components import AdaptedComponent, NamedFamily, find_components, follow
 from .fitted import Fitted, Hit, Report
 from .formats import prefixes_of
 from .index import LayerIndex, LayoutModule, LayoutTensor
@@ -43,7 +43,7 @@ def fit(
     partial: bool = False,
     widen: bool = True,
     tables: Sequence[Table] | None = None,
-    families: Sequence[Family] | None = None,
+    families: Sequence[NamedFamily] | None = None,
 ) -> Fitted:
     """Finds the modules that adapters are for, by names and shapes alone.
 

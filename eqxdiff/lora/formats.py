@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .._errors import CheckpointError
-from ..models import Family, LoraFormat
-from .components import every_family
+from ..models import LoraFormat
+from .components import NamedFamily, every_family
 
 
 GENERIC = (
@@ -78,14 +78,14 @@ first format of which one of its names has the mark. `FLAT` and `DOTTED` stand f
 that the families list, and `COMPONENT` for the names of their components."""
 
 
-def find_format(names: Iterable[str], families: Sequence[Family] | None = None) -> LoraFormat:
+def find_format(names: Iterable[str], families: Sequence[NamedFamily] | None = None) -> LoraFormat:
     """Returns the format of a file with tensors of these names."""
     names = list(names)
     marked = (f for f in _formats(families) if any(re.search(f.mark, name) for name in names))
     return next(marked, FORMATS[-1])
 
 
-def _formats(families: Sequence[Family] | None) -> list[LoraFormat]:
+def _formats(families: Sequence[NamedFamily] | None) -> list[LoraFormat]:
     known = every_family(families)
     prefixes = {text for f in known for texts in f.lora.prefixes.values() for text in texts}
     alternatives = {

@@ -36,7 +36,7 @@ class LayoutTensor:
 
 @dataclasses.dataclass(frozen=True)
 class LayoutModule:
-    """A module of a layout, with what it has of weight and bias."""
+    """A module of a layout, with its weight and its bias as far as it has them."""
 
     layout: str
     name: str
@@ -51,7 +51,8 @@ class LayerIndex:
         """**Arguments:**
 
         - `skeleton`: the module, or its shapes.
-        - `tables`: of its layouts; a name that two of them have is the first's.
+        - `tables`: the key tables of its layouts. A name that two layouts share means the module of
+            the first.
         """
         leaves = {path: tuple(leaf.shape) for path, leaf in leaf_paths(skeleton).items()}
         own = Table("own", stack=tables[0].stack if tables else ())
@@ -71,7 +72,7 @@ class LayerIndex:
             self._dotted.setdefault(name, module)
 
     def find(self, name: str, *, flat: bool) -> LayoutModule | None:
-        """A module by name, or some parts of a fused one: `linear1.0-2`."""
+        """Returns a module by name, or parts of a fused one: `linear1.0-2` is the first three."""
         known: Mapping[str, LayoutModule | None] = self._flat if flat else self._dotted
         if name in known:
             return known[name]
@@ -94,7 +95,7 @@ def _is_number(text: str) -> bool:
 def _modules(table: Table, leaves: tuple[tuple[str, Shape], ...]) -> Mapping[str, LayoutModule]:
     """The modules of one layout, each under every spelling that the table knows.
 
-    There are none where the layout is of other models of this kind.
+    The result is empty where the layout is one of other models of this kind.
     """
     try:
         plan = compile_plan(table, dict(leaves))

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import CheckpointError
 from ..checkpoint import leaf_paths
+from ..checkpoint.cast import is_finite
 from ..checkpoint.plan import Move, Shape
 from ..tensors.source import Box
 from .components import follow
@@ -103,7 +104,7 @@ class Merger:
             wide = np.promote_types(target.dtype, np.float32)
             with np.errstate(over="ignore"):
                 target[...] = (target.astype(wide) + total).astype(target.dtype)
-            if target.dtype.itemsize < 4 and not np.isfinite(target).all():
+            if not is_finite(np.ascontiguousarray(target)):
                 raise CheckpointError(
                     f"{self._name}.{leaf} with its adapters is too large for {target.dtype}."
                 )

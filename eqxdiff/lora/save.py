@@ -1,4 +1,4 @@
-"""Writing what was merged or extracted: all of it or nothing."""
+"""Writing merged models and extracted adapters: in full or not at all."""
 
 import contextlib
 import json
@@ -14,13 +14,14 @@ import numpy as np
 from .._errors import CheckpointError, SettingError
 from ..checkpoint import read_table, save_module
 from ..checkpoint.save import atomic, write_tensors
+from ..checkpoint.table import TableFile
 from ..hub import Source
 from ..hub.source import HEAVY
 from ..tensors import TensorInfo
 
 
 def check_new(path: Path, suffix: str = "") -> None:
-    """**Raises:** `SettingError` where a file or folder exists, or is called otherwise."""
+    """**Raises:** `SettingError` where the path exists or does not end in `suffix`."""
     if suffix and path.suffix != suffix:
         raise SettingError(f"{path} is no {suffix} file: let its name end in {suffix}.")
     if path.exists():
@@ -38,7 +39,7 @@ def save_merged(
     source: Source,
     load: Callable[[list[str]], Mapping[str, Any]],
     configs: Mapping[str, Mapping[str, Any]],
-    tables: Mapping[str, str],
+    tables: Mapping[str, TableFile],
     stages: Mapping[str, str],
     tokenizers: Sequence[str],
     folder: Path,
@@ -47,10 +48,10 @@ def save_merged(
 
     **Arguments:**
 
-    - `source`: where the index, the scheduler and the tokenizers are copied from.
-    - `load`: names of components to these, as they are to be written.
-    - `configs`, `tables`, `stages`: of the components, by name.
-    - `tokenizers`: their folders.
+    - `source`: the index, the scheduler and the tokenizers are copied from it.
+    - `load`: loads the components of these names, as they are to be written.
+    - `configs`, `tables`, `stages`: those of the components, by name.
+    - `tokenizers`: the folders of the tokenizers.
 
     **Raises:** `SettingError` where the folder exists, `CheckpointError` where it cannot be
     written.
@@ -81,7 +82,7 @@ def save_merged(
 
 
 def _copy_light(folder: Path, target: Path) -> None:
-    """The files of a folder but its weights."""
+    """Copies the files of a folder except its weights."""
     target.mkdir()
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith(HEAVY):

@@ -11,9 +11,12 @@ from huggingface_hub import constants
 
 from .._errors import SourceError
 from ..hub import Source, open_source
-from ..hub.source import REPOSITORY, Folder, explain
+from ..hub.explain import explain
+from ..hub.source import REPOSITORY
+from ..hub.stores import Folder
 from ..tensors import PICKLES, SafetensorsFile
 from .adapter import Adapter, parse_adapter
+from .components import NamedFamily
 from .strength import Strength, split_spec
 
 
@@ -24,18 +27,22 @@ CONFIG = "adapter_config.json"
 MOST_NAMES = 8
 
 
-def load(spec: str, *, revision: str | None = None) -> Adapter:
-    """Reads an adapter.
+def load(
+    spec: str, *, revision: str | None = None, families: Sequence[NamedFamily] | None = None
+) -> Adapter:
+    """Opens an adapter. Its matrices stay in the file until they are needed.
 
     **Arguments:**
 
     - `spec`: a `.safetensors` file, a folder or Hub repository that holds one, or
-        `REPOSITORY:FILE`; and perhaps `@` with a strength, as in `style.safetensors@0.8` or
-        `style.safetensors@unet=0.8,text_encoder=0.4`. What exists on disk goes first.
+        `REPOSITORY:FILE`. A strength may follow after `@`, as in `style.safetensors@0.8` or
+        `style.safetensors@0.8,COMPONENT=0.4`. A file or folder on disk is preferred to a
+        repository.
     - `revision`: branch, tag or commit of the repository.
+    - `families`: the families whose formats are recognised; all by default.
 
-    **Raises:** `SourceError` where there is none, `CheckpointError` where it is no adapter or is
-    damaged, `SettingError` where its strength is no number.
+    **Raises:** `SourceError` where there is no such file, `CheckpointError` where the file is no
+    adapter or is damaged, `SettingError` where its strength is no number.
     """
     whole = bool(spec) and Path(spec).expanduser().exists()
     text, strength = (spec, None) if whole else split_spec(spec)
@@ -44,7 +51,11 @@ def load(spec: str, *, revision: str | None = None) -> Adapter:
     path = source.path(file)
     weights = SafetensorsFile(path, name=_name(text, file))
     adapter = parse_adapter(
-        weights, name=_name(text, file), metadata=weights.metadata, config=config
+        weights,
+        name=_name(text, file),
+        metadata=weights.metadata,
+        config=config,
+        families=families,
     )
     with open(path, "rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
@@ -82,7 +93,7 @@ def _list(repository: str, revision: str | None) -> list[str]:
 
 
 def _only(names: Sequence[str], where: str) -> str:
-    """The one file that is meant. **Raises:** `SourceError`."""
+    """Returns the one adapter among files. **Raises:** `SourceError` where it is not clear."""
     for name in USUAL:
         if name in names:
             return name
@@ -101,7 +112,8 @@ def _only(names: Sequence[str], where: str) -> str:
 def _checked(name: str) -> str:
     if name.endswith(PICKLES):
         raise SourceError(
-            f"{name} is a pickle, which can run any code when it is opened: give safetensors."
+            f"{name} is a pickle, which can run any code when it is opened: "
+            "give a safetensors file."
         )
     return name
 
@@ -112,7 +124,7 @@ def _beside(file: str, name: str) -> str:
 
 
 def _has_config(source: Source, file: str) -> bool:
-    """PEFT's own files say alpha in a config; those of diffusers have none."""
+    """Whether a config lies beside the file. PEFT keeps alpha there; diffusers writes no config."""
     return Path(file).name == USUAL[1] and source.exists(_beside(file, CONFIG))
 
 

@@ -10,11 +10,11 @@ from .._errors import SettingError
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """A scale for every module: that of the last rule that matches it, else the default.
+    """A scale for every module: the scale of the last rule that matches it, else the default.
 
-    A rule names a component, and after a dot the beginning of a path in it: `unet`,
-    `unet.down_blocks.1`, `transformer.transformer_blocks.7`. `*` stands for one segment and `**`
-    for any number of them: `unet.**.attn2`.
+    A rule is a component's name, which may be followed by a dot and the beginning of a path in the
+    component: `COMPONENT.blocks.7`. `*` stands for one segment and `**` for any number of segments:
+    `COMPONENT.**.attn2`.
     """
 
     default: float = 1.0
@@ -22,7 +22,7 @@ class Strength:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads `0.8`, or `unet=0.8,text_encoder=0.4`, or `0.5,unet.**.attn2=0`.
+        """Reads `0.8`, or `0.8,COMPONENT=0.4`, or `0.5,COMPONENT.**.attn2=0`.
 
         **Raises:** `SettingError`.
         """
@@ -50,12 +50,12 @@ class Strength:
         return cls.parse(scale) if isinstance(scale, str) else cls(float(scale))
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Returns the text that `parse` reads."""
         rules = (f"{pattern}={scale:g}" for pattern, scale in self.rules)
         return ",".join([f"{self.default:g}", *rules])
 
     def at(self, path: str) -> float:
-        """The scale of a module, `path` beginning with its component."""
+        """Returns the scale of a module, whose `path` begins with its component."""
         scale = self.default
         for pattern, value in self.rules:
             if matches(pattern, path):
@@ -63,7 +63,7 @@ class Strength:
         return scale
 
     def check(self, paths: Collection[str], name: str) -> None:
-        """**Raises:** `SettingError` where a rule is for nothing that the adapter touches."""
+        """**Raises:** `SettingError` where a rule matches no module that the adapter changes."""
         for pattern, _ in self.rules:
             if not any(matches(pattern, path) for path in paths):
                 components = ", ".join(sorted({path.split(".")[0] for path in paths}))
@@ -73,7 +73,7 @@ class Strength:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path begins with what the pattern says."""
+    """Returns whether a path begins with a match of the pattern."""
     return _matches(pattern.split("."), path.split("."))
 
 
@@ -86,9 +86,9 @@ def _matches(pattern: list[str], path: list[str]) -> bool:
 
 
 def split_spec(spec: str) -> tuple[str, Strength]:
-    """`style.safetensors@0.8` -> the file and its strength, which is 1 where none is given.
+    """Splits `style.safetensors@0.8` into the file and its strength, which is 1 by default.
 
-    What follows the last `@` is a scale if it begins with a number or has a `=` in it.
+    The text after the last `@` is a strength if it begins with a number or contains a `=`.
 
     **Raises:** `SettingError`.
     """

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Preset as Preset,
         control_names as control_names,
     )
+    from ._files import Lookalikes as Lookalikes, PublishedFiles as PublishedFiles
     from ._lora import (
         LoraBase as LoraBase,
         LoraFormat as LoraFormat,
@@ -56,6 +57,7 @@ _HOMES = {
         "Preset",
         "control_names",
     ),
+    "_files": ("Lookalikes", "PublishedFiles"),
     "_lora": (
         "LoraBase",
         "LoraFormat",

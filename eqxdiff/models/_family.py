@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from ..checkpoint.form import Form
+from ..checkpoint.table import TableFile
 from ..sharding import Rule
+from ._files import PublishedFiles
 from ._lora import LoraNames
 from ._model import AbstractModel
 from ._settings import Settings
@@ -27,16 +30,21 @@ class Component:
 
     - `parse`: reads the folder's `config.json` into a frozen config. Raises `ConfigError`.
     - `init`: makes a random module from `(config, *, key, dtype)`.
-    - `table`: the name of its key table in `weights_map/`.
+    - `forms`: the ways in which files name its tensors, the published one first.
     - `rules`: its sharding rules: every leaf of two or more dimensions matches exactly one.
     - `stage`: `"text"`, `"denoiser"` or `"vae"`. One stage runs at a time.
     """
 
     parse: Callable[[Mapping[str, Any]], Any]
     init: Callable[..., eqx.Module]
-    table: str
+    forms: tuple[Form, ...]
     rules: Sequence[Rule]
     stage: str
+
+    @property
+    def table(self) -> TableFile:
+        """The key table of its published layout."""
+        return self.forms[0].table
 
     def skeleton(self, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
         """Returns the module with `jax.ShapeDtypeStruct` leaves: it costs nothing at any size."""
@@ -95,6 +103,7 @@ class Family:
     - `bind`: makes the model of a name, of default settings and of configs. Raises `ConfigError`
         where the components do not belong together.
     - `example`: returns the texts of a tiny checkpoint of a model, by path: all but the weights.
+    - `files`: how its files are recognised, and what they hold besides components.
     - `lora`: how published LoRAs name its layers.
     - `controlnet`: the ControlNets that go with it, if there are any.
     - `control_config`: makes the config of a ControlNet for a model of these configs from its
@@ -110,6 +119,7 @@ class Family:
     parse_scheduler: Callable[[Mapping[str, Any]], Any]
     bind: Callable[[str, Any, Configs], AbstractModel]
     example: Callable[[str], Mapping[str, str]]
+    files: PublishedFiles = dataclasses.field(default_factory=PublishedFiles)
     lora: LoraNames = dataclasses.field(default_factory=LoraNames)
     controlnet: Component | None = None
     control_config: Callable[[Configs, Mapping[str, Any] | None], Any] = no_controlnets

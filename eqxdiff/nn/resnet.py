@@ -61,7 +61,7 @@ class ResnetBlock2D(eqx.Module):
     def __call__(
         self, x: Float[Array, "h w in"], temb: Float[Array, " temb"] | None = None
     ) -> Float[Array, "h w out"]:
-        """**Raises:** `ValueError` where `temb` is given without need, or missing."""
+        """**Raises:** `ValueError` where `temb` is missing, or the block has no use for it."""
         y = self.conv1(silu(self.norm1(x)))
         if (temb is None) != (self.time_emb_proj is None):
             raise ValueError("A block takes `temb` if and only if it has a `time_emb_proj`.")

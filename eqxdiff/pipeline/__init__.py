@@ -6,6 +6,7 @@ from .batch import (
     cuts as cuts,
     initial_noise as initial_noise,
     make_jobs as make_jobs,
+    stack_examples as stack_examples,
     to_bytes as to_bytes,
 )
 from .blueprint import Blueprint as Blueprint, Progress as Progress

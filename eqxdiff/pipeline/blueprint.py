@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh, Sharding
 
 from .._errors import SettingError
-from ..checkpoint import load_module
+from ..checkpoint import FILE, load_module
 from ..convert import locate
 from ..hub import Part, Source
 from ..lora import Fitted, Merger, apply_fitted
@@ -34,7 +34,7 @@ class Blueprint:
     - `source`: where the files are.
     - `configs`: of each component, of the `"scheduler"` and of the `"pipeline"`.
     - `tokenizers`: by folder name.
-    - `dtype`: of the weights; `None` keeps the checkpoint's.
+    - `dtype`: of the weights; `None` keeps the dtype of each tensor of the checkpoint.
     - `compute_dtype`: of the activations.
     - `mesh`: the devices to spread over, or `None` for the default one.
     - `components`: those of the family and the ControlNets, by name.
@@ -110,7 +110,7 @@ class Blueprint:
         tensors = self.source.tensors(name) if part is None else part.tensors()
         skeleton = component.skeleton(self.configs[name])
         tensors, table = locate(tensors, component.table, skeleton)
-        dtype = tensors.dtype if self.dtype is None else self.dtype
+        dtype = FILE if self.dtype is None else self.dtype
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
             if self.mesh is None:

@@ -21,6 +21,7 @@ from ..pictures import (
     mask_to_latent,
     paste,
     prepare_mask,
+    to_grey,
     to_signed,
     to_unit,
 )
@@ -70,7 +71,8 @@ def read_pixels(request: Request, settings: Any) -> Pixels | None:
         return Pixels(to_signed(fit(image, *size)), None, None)
     check_mask(mask, image)
     if request.mask_crop is not None:
-        region = crop_region(mask, settings.width, settings.height, request.mask_crop)
+        grey = to_grey(mask, blur=request.mask_blur)
+        region = crop_region(grey, settings.width, settings.height, request.mask_crop)
     soft = prepare_mask(mask, *size, blur=request.mask_blur, region=region)
     return Pixels(to_signed(fit(image, *size, region=region)), soft, region)
 
@@ -81,7 +83,8 @@ def paste_back(request: Request, pixels: Pixels | None, made: np.ndarray) -> np.
         return made
     assert request.image is not None
     assert request.mask is not None
-    return to_unit(paste(request.image, made, request.mask, pixels.region))
+    mask = to_grey(request.mask, blur=request.mask_blur)
+    return to_unit(paste(request.image, made, mask, pixels.region))
 
 
 def make_inputs(

@@ -52,7 +52,7 @@ def open_model(
     opened = _open_parts(name, family, {**(preset.parts if weights is None else {}), **parts})
     configs: dict[str, Any] = {
         "pipeline": family.parse_index(source.read_json("model_index.json")),
-        "scheduler": family.parse_scheduler(scheduler_fields(given)),
+        "scheduler": family.parse_scheduler(scheduler_fields(given, family.files)),
     }
     for part, component in family.components.items():
         fields = opened[part].config() if part in opened else None

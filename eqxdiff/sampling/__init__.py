@@ -1,4 +1,7 @@
-"""Schedules are data, a model is a callable, a solver takes one step; no model is known here."""
+"""Sampling: schedules are data, a model is a callable, and a solver takes one step.
+
+Nothing here knows a model.
+"""
 
 from .denoiser import (
     AbstractDenoiser as AbstractDenoiser,
@@ -6,11 +9,13 @@ from .denoiser import (
     GuidedDenoiser as GuidedDenoiser,
 )
 from .discrete import (
-    DiscreteSchedulerConfig as DiscreteSchedulerConfig,
     Grid as Grid,
     alphas_cumprod as alphas_cumprod,
     discrete_schedule as discrete_schedule,
     noise_levels as noise_levels,
+)
+from .discrete_config import (
+    DiscreteSchedulerConfig as DiscreteSchedulerConfig,
     parse_discrete_config as parse_discrete_config,
 )
 from .flow import (

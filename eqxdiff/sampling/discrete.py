@@ -2,150 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from .._config import parse_config
-from .._errors import ConfigError, SettingError
+from .._errors import SettingError
+from .discrete_config import LEVELS, DiscreteSchedulerConfig
 from .schedule import Row, Schedule
 from .spacing import Spacing, ays, explicit, spread
 
 
-LEVELS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class DiscreteSchedulerConfig:
-    """What a `scheduler_config.json` says of the noise, whichever class it was written for.
-
-    A field that is `None` is absent: then the sampler's own default holds, as when diffusers builds
-    one scheduler from another's config.
-
-    **Arguments:**
-
-    - `scheduler`: the class that the file names; `default_sampler` reads it.
-    - `beta_start`, `beta_end`, `beta_schedule`, `trained_betas`: the betas.
-    - `rescale_betas_zero_snr`: shift them so that the last level is pure noise.
-    - `timestep_spacing`: `"leading"`, `"trailing"` or `"linspace"`.
-    - `steps_offset`: added to the timesteps of leading spacing.
-    - `set_alpha_to_one`: whether DDIM and PNDM end at no noise rather than at level 0.
-    - `final_sigmas_type`: `"zero"` or `"sigma_min"`: the same question for Euler, DPM++ and UniPC.
-    - `prediction_type`: `"epsilon"`, `"v_prediction"` or `"sample"`.
-    - `original_inference_steps`: the steps that LCM and TCD were distilled from.
-    - `algorithm_type`: which of the multistep DPM solvers.
-    """
-
-    scheduler: str
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
-    rescale_betas_zero_snr: bool = False
-    timestep_spacing: str | None = None
-    steps_offset: int = 0
-    set_alpha_to_one: bool | None = None
-    final_sigmas_type: str = "zero"
-    prediction_type: str = "epsilon"
-    original_inference_steps: int = 50
-    algorithm_type: str = "dpmsolver++"
-    use_karras_sigmas: bool | None = None
-    use_exponential_sigmas: bool | None = None
-    use_beta_sigmas: bool | None = None
-
-    def __post_init__(self):
-        choices = {
-            "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            "timestep_spacing": (None, "leading", "trailing", "linspace"),
-            "final_sigmas_type": ("zero", "sigma_min"),
-            "prediction_type": ("epsilon", "v_prediction", "sample"),
-            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-        }
-        for name, supported in choices.items():
-            if getattr(self, name) not in supported:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not supported")
-        if self.trained_betas is not None and len(self.trained_betas) != LEVELS:
-            raise ValueError(f"trained_betas: there must be {LEVELS}")
-        if not 1 <= self.original_inference_steps <= LEVELS:
-            raise ValueError(f"original_inference_steps: must be from 1 to {LEVELS}")
-        kinds = (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas)
-        if sum(map(bool, kinds)) > 1:
-            raise ValueError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: only one")
-
-    @property
-    def kind(self) -> Spacing | None:
-        """How the sigmas are spread, where the file says so."""
-        if self.use_karras_sigmas:
-            return "karras"
-        if self.use_exponential_sigmas:
-            return "exponential"
-        return "beta" if self.use_beta_sigmas else None
-
-
-def parse_discrete_config(fields: Mapping[str, Any], *, name: str) -> DiscreteSchedulerConfig:
-    """Reads the JSON object of a `scheduler_config.json`.
-
-    **Raises:** `ConfigError` for a field or value that is not computed here.
-    """
-    scheduler = fields.get("_class_name")
-    if not isinstance(scheduler, str):
-        raise ConfigError(f"{name} does not name its scheduler: _class_name is {scheduler!r}.")
-    # What diffusers assumes for absent fields depends on the class.
-    assumed: dict[str, Any] = {"scheduler": scheduler}
-    if scheduler in ("LCMScheduler", "TCDScheduler"):
-        assumed |= {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    if scheduler in ("HeunDiscreteScheduler", "DPMSolverSDEScheduler"):
-        assumed |= {"beta_start": 0.00085, "beta_end": 0.012}
-    if scheduler in ("DDIMScheduler", "DDPMScheduler"):
-        assumed |= {"clip_sample": True}
-    if scheduler == "PNDMScheduler":
-        assumed |= {"skip_prk_steps": False}
-    supported = {
-        "num_train_timesteps": (LEVELS,),
-        "clip_sample": (False,),
-        "thresholding": (False,),
-        "variance_type": (None, "fixed_small"),
-        "interpolation_type": ("linear",),
-        "timestep_type": ("discrete",),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-        "solver_order": (2,),
-        "solver_type": ("midpoint", "bh2"),
-        "lower_order_final": (True,),
-        "euler_at_final": (False,),
-        "predict_x0": (True,),
-        "disable_corrector": ((),),
-        "solver_p": (None,),
-        "lambda_min_clipped": (-math.inf,),
-        "use_lu_lambdas": (False, None),
-        "use_flow_sigmas": (False, None),
-        "use_dynamic_shifting": (False, None),
-        "shift_terminal": (None,),
-        "timestep_scaling": (10.0,),
-    }
-    if scheduler == "PNDMScheduler":
-        supported["skip_prk_steps"] = (True,)
-    return parse_config(
-        DiscreteSchedulerConfig,
-        assumed | {k: v for k, v in fields.items() if k != "_class_name"},
-        name=name,
-        supported=supported,
-        ignored=(
-            "skip_prk_steps",
-            "clip_sample_range",
-            "dynamic_thresholding_ratio",
-            "sample_max_value",
-            "flow_shift",
-            "time_shift_type",
-            "noise_sampler_seed",
-        ),
-    )
-
-
 def alphas_cumprod(config: DiscreteSchedulerConfig) -> np.ndarray:
-    """The square of alpha at each of the thousand levels, in float32 as the models were trained.
+    """Returns the square of alpha at all thousand levels, in float32 as in the models' training.
 
     Source: https://arxiv.org/abs/2006.11239; squaredcos_cap_v2 is equation 17 of
     https://arxiv.org/abs/2102.09672; zero terminal SNR is algorithm 1 of
@@ -174,7 +44,7 @@ def alphas_cumprod(config: DiscreteSchedulerConfig) -> np.ndarray:
 
 
 def noise_levels(config: DiscreteSchedulerConfig) -> Row:
-    """All thousand levels, stacked, for training: row t has timestep t."""
+    """Returns all thousand levels, stacked, for training: row t has timestep t."""
     levels = _preserving(_exploding(alphas_cumprod(config)))
     timesteps = np.arange(LEVELS)
     return Row(*(jnp.asarray(v, jnp.float32) for v in (*levels, timesteps)))
@@ -182,21 +52,21 @@ def noise_levels(config: DiscreteSchedulerConfig) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How a family of samplers lays its steps over the thousand levels.
+    """How a family of samplers places its steps on the thousand levels.
 
-    They all agree where the file says leading or trailing spacing, but for the details that this
-    records, and that a picture depends on.
+    The families agree on the spacing that a config names. They differ in the details here, and
+    pictures depend on these details.
 
     **Arguments:**
 
-    - `levels`: `"whole"`: timesteps are rounded. `"real"`: they are not, levels are interpolated,
-        and sampling may start from noise alone. `"inner"`: rounded, and the steps of leading and
-        linspace spacing are laid out for one step more. `"distilled"`: a choice among the steps
-        that the model was distilled from.
-    - `spacing`: where the config has none.
-    - `final`: where sampling ends: `"clean"`: at no noise; `"first"`: at level 0; `"sigmas"`: by
-        `final_sigmas_type`; `"alpha"`, `"pndm"`: by `set_alpha_to_one`, which when absent is true
-        for the former and false for the latter.
+    - `levels`: `"whole"` rounds the timesteps. `"real"` does not round them: it interpolates the
+        levels, and sampling may start from noise without a mean. `"inner"` rounds them, and places
+        leading and linspace spacing as if there were one step more. `"distilled"` chooses among
+        the steps that the model was distilled from.
+    - `spacing`: the spacing where the config names none.
+    - `final`: the level where sampling ends. `"clean"`: no noise. `"first"`: level 0. `"sigmas"`:
+        as `final_sigmas_type` says. `"alpha"`, `"pndm"`: as `set_alpha_to_one` says; where absent
+        it is true for `"alpha"` and false for `"pndm"`.
     - `middle`: a level within each step: none, the geometric mean of sigma / alpha, or the level
         that TCD denoises to before it adds noise.
     """
@@ -217,35 +87,39 @@ def discrete_schedule(
     sigmas: Sequence[float] | None = None,
     gamma: float = 0.3,
 ) -> Schedule:
-    """The schedule of a model trained as a DDPM.
+    """Makes the schedule of a model trained as a DDPM.
 
-    To float32 rounding it is that of diffusers' scheduler for the same sampler, with two
-    exceptions, both where the number of steps does not divide 1000: DDIM and PNDM there step to
-    levels other than those whose timesteps the network is told next, while here a row is both; and
-    trailing spacing there may have a step too many, and here never has.
+    To float32 rounding it is the schedule of diffusers' scheduler for the same sampler, with two
+    exceptions. DDIM and PNDM of diffusers step from each timestep to the one `1000 // steps` below.
+    With linspace spacing, and with trailing spacing where `steps` does not divide 1000, that is not
+    the timestep that they give the network next, so that the network sees more or less noise than
+    it expects. Here each step ends at the level that the network expects next. And trailing spacing
+    of diffusers may have one step too many for such numbers; here it never has.
 
     **Arguments:**
 
-    - `config`: the checkpoint's.
+    - `config`: the checkpoint's config.
     - `steps`: the number of steps.
-    - `grid`: the sampler's.
-    - `kind`: how to spread the sigmas between the largest and the smallest. By default as the
-        config says.
+    - `grid`: the sampler's grid.
+    - `kind`: how to spread the sigmas between the largest and the smallest, by default the config's
+        way.
     - `table`: the model's table for `kind="ays"`, one of `AYS_TABLES`.
-    - `sigmas`: all noise levels, as sigma / alpha, falling, with or without the final 0.
-    - `gamma`: TCD's stochasticity: 0 adds no noise and 1 is a fresh start at every step.
+    - `sigmas`: all noise levels, as sigma / alpha. They must fall; the final 0 may be left out.
+    - `gamma`: TCD's stochasticity: 0 adds no noise, and 1 starts anew in every step.
 
     **Raises:** `SettingError` where these steps cannot be made.
     """
     if not 1 <= steps <= LEVELS:
-        raise SettingError(f"The number of steps must be from 1 to {LEVELS}, not {steps}.")
+        raise SettingError(f"`steps` {steps} is out of range: it is from 1 to {LEVELS}.")
     products = alphas_cumprod(config)
     if config.rescale_betas_zero_snr and (grid.levels in ("real", "inner") or grid.final == "pndm"):
         products[-1] = 2.0**-24  # they divide by alpha
     spacing = config.timestep_spacing or grid.spacing
     timesteps = _timesteps(config, steps, grid.levels, spacing)
     if timesteps[-1] < 0 or (np.diff(timesteps) >= 0).any() or timesteps[0] > LEVELS - 1:
-        raise SettingError(f"This sampler cannot divide {LEVELS} levels into {steps} steps.")
+        raise SettingError(
+            f"`steps` {steps} is out of range: the sampler cannot place as many on {LEVELS} levels."
+        )
 
     table_s = _exploding(products)
     if grid.levels == "real":
@@ -255,7 +129,7 @@ def discrete_schedule(
     kind = kind or config.kind
     if sigmas is not None or kind is not None:
         if grid.levels in ("whole", "distilled"):
-            what = "a list of sigmas" if sigmas is not None else f"{kind} sigmas"
+            what = "`sigmas`" if sigmas is not None else f"{kind} sigmas"
             raise SettingError(f"This sampler has timesteps of its own and cannot take {what}.")
         ends = levels if grid.levels == "real" else table_s[::-1]
         levels = _respread(kind, ends, steps, table, sigmas)
@@ -294,7 +168,7 @@ def _timesteps(
         original = config.original_inference_steps
         if steps > original:
             raise SettingError(
-                f"The model was distilled from {original} steps and cannot take {steps}."
+                f"`steps` {steps} is out of range: the model was distilled from {original}."
             )
         every = LEVELS // original
         indices = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
@@ -318,7 +192,7 @@ def _respread(
     table: Sequence[float] | None,
     sigmas: Sequence[float] | None,
 ) -> np.ndarray:
-    """Other noise levels, without the last."""
+    """Returns the noise levels of all steps spread anew, without the final level."""
     if sigmas is not None:
         return explicit(sigmas, steps, largest=math.inf)[:-1]
     if kind == "ays":
@@ -330,7 +204,7 @@ def _respread(
 
 
 def _timesteps_of(s: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The timesteps, not whole, of these levels: linear in the logarithm of sigma / alpha."""
+    """Returns the real timesteps of noise levels, linear in the logarithm of sigma / alpha."""
     return np.interp(np.log(np.maximum(s, 1e-10)), np.log(table), np.arange(LEVELS))
 
 
@@ -339,7 +213,7 @@ def _cumulative(alphas: np.ndarray) -> np.ndarray:
 
 
 def _exploding(product: np.ndarray) -> np.ndarray:
-    """sigma / alpha, infinite where alpha is 0."""
+    """Returns sigma / alpha, infinite where alpha is 0."""
     product = product.astype(np.float64)
     with np.errstate(divide="ignore"):
         return np.sqrt((1 - product) / product)

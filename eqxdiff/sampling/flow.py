@@ -1,4 +1,4 @@
-"""Schedules of rectified flows: `alpha = 1 - sigma`, and the network is told `1000 * sigma`."""
+"""Schedules of rectified flows: `alpha` is `1 - sigma` and the timestep is `1000 * sigma`."""
 
 import dataclasses
 import math
@@ -7,26 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from .._config import parse_config
-from .._errors import SettingError
+from .._config import parse_config, shorten
+from .._errors import ConfigError, SettingError
 from .schedule import Schedule
 from .spacing import Spacing, explicit, spread
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowSchedulerConfig:
-    """`scheduler_config.json` of a rectified flow (FlowMatchEulerDiscreteScheduler).
+    """The `scheduler_config.json` of a rectified flow (FlowMatchEulerDiscreteScheduler).
 
     **Arguments:**
 
-    - `shift`: static shift; unused with dynamic shifting.
-    - `use_dynamic_shifting`: the shift depends on the number of image tokens.
-    - `base_shift`, `max_shift`: its logarithm at `base_image_seq_len` and at `max_image_seq_len`
-        tokens, on a line between and beyond.
-    - `time_shift_type`: `"linear"` takes the number on that line for the shift itself.
-    - `shift_terminal`: stretches the sigmas so that the last one before 0 is this.
-    - `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`: respread the sigmas between
-        the first and the last one before 0.
+    - `shift`: the static shift, which dynamic shifting does not use.
+    - `use_dynamic_shifting`: whether the shift depends on the number of image tokens.
+    - `base_shift`, `max_shift`: the logarithm of the dynamic shift at `base_image_seq_len` and at
+        `max_image_seq_len` tokens. The logarithm is linear in the number of tokens.
+    - `time_shift_type`: with `"linear"` the shift itself is linear, not its logarithm.
+    - `shift_terminal`: the sigmas are stretched so that the last one before 0 is this number.
+    - `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`: whether to spread the sigmas
+        anew between the first and the last one before 0.
     """
 
     shift: float = 1.0
@@ -46,14 +46,19 @@ class FlowSchedulerConfig:
             raise ValueError(f"time_shift_type: {self.time_shift_type!r} is not supported")
         if self.max_image_seq_len == self.base_image_seq_len:
             raise ValueError("max_image_seq_len: must differ from base_image_seq_len")
-        if self.shift <= 0:
-            raise ValueError(f"shift: {self.shift} is not above 0")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift: {self.shift} is not a number above 0")
+        if not 0 <= (self.shift_terminal or 0) < 1:
+            raise ValueError(f"shift_terminal: {self.shift_terminal} is not from 0 to 1")
+        for name in ("base_image_seq_len", "max_image_seq_len"):
+            if not 0 < getattr(self, name) < 2**31:
+                raise ValueError(f"{name}: {shorten(getattr(self, name))} is not a size")
         if sum((self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas)) > 1:
             raise ValueError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: only one")
 
     @property
     def kind(self) -> Spacing | None:
-        """How the sigmas are respread, where the file says so."""
+        """How to spread the sigmas anew; `None` leaves them as they are."""
         if self.use_karras_sigmas:
             return "karras"
         if self.use_exponential_sigmas:
@@ -80,7 +85,10 @@ def parse_flow_config(fields: Mapping[str, Any], *, name: str) -> FlowSchedulerC
 
 
 def dynamic_shift(config: FlowSchedulerConfig, sequence_length: int) -> float:
-    """The shift for an image of `sequence_length` tokens: `exp(mu)`, mu linear in the length.
+    """Returns the shift for an image of `sequence_length` tokens: `exp(mu)`, mu linear in the
+    length.
+
+    **Raises:** `ConfigError` where the config leads to a shift that is not a number above 0.
 
     Source: https://arxiv.org/abs/2403.03206, section 5.3.2; `calculate_shift` of diffusers' FLUX.
     """
@@ -88,11 +96,20 @@ def dynamic_shift(config: FlowSchedulerConfig, sequence_length: int) -> float:
         config.max_image_seq_len - config.base_image_seq_len
     )
     mu = sequence_length * slope + (config.base_shift - slope * config.base_image_seq_len)
-    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+    # Beyond this range float32 would round it to 0 or to infinity.
+    if config.time_shift_type == "exponential" and abs(mu) < 80:
+        return math.exp(mu)
+    if config.time_shift_type == "linear" and 0 < mu < math.inf:
+        return mu
+    raise ConfigError(
+        f"The scheduler's base_shift {config.base_shift:g} and max_shift {config.max_shift:g} give "
+        f"no usable shift for {sequence_length} image tokens."
+    )
 
 
 def flow_schedule(steps: int, *, shift: float = 1.0) -> Schedule:
-    """`steps` equal steps from noise to data, shifted: `sigma <- S sigma / (1 + (S - 1) sigma)`.
+    """Makes `steps` equal steps from noise to data, then shifts them:
+    `sigma <- S sigma / (1 + (S - 1) sigma)`.
 
     **Raises:** `SettingError` where a number is out of range.
     """
@@ -108,26 +125,27 @@ def flow_sigmas(
     kind: Spacing | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Schedule:
-    """The schedule of a rectified flow, to float32 rounding the one of diffusers' FLUX pipeline.
+    """Makes the schedule of a rectified flow, which to float32 rounding is that of diffusers' FLUX
+    pipeline.
 
     **Arguments:**
 
     - `steps`: the number of steps.
     - `sequence_length`: the number of image tokens, which dynamic shifting depends on.
-    - `shift`: a static shift instead of the config's, dynamic or not.
-    - `kind`: how to spread the sigmas between the first and the last one before 0, instead of as
-        the config says.
-    - `sigmas`: the noise levels of all steps as they are, without shift: falling, the first at most
-        1, with or without the final 0.
+    - `shift`: a static shift in place of the config's shift, dynamic or not.
+    - `kind`: how to spread the sigmas between the first and the last one before 0, in place of the
+        config's way.
+    - `sigmas`: the noise levels of all steps. They are not shifted. They must fall from at most 1,
+        and the final 0 may be left out.
 
     **Raises:** `SettingError` where a number is out of range.
     """
     if sigmas is not None:
         return _straight(explicit(sigmas, steps, largest=1.0))
     if steps < 1:
-        raise SettingError(f"The number of steps must be at least 1, not {steps}.")
+        raise SettingError(f"`steps` {steps} is out of range: it is at least 1.")
     if shift is not None and not 0 < shift < math.inf:
-        raise SettingError(f"The shift must be above 0, not {shift}.")
+        raise SettingError(f"`shift` {shift:g} is out of range: it is a number above 0.")
     if shift is None and config.use_dynamic_shifting:
         if sequence_length is None:
             raise ValueError("Dynamic shifting needs the number of image tokens.")

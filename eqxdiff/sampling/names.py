@@ -1,4 +1,4 @@
-"""The samplers by the names that people know them by."""
+"""The samplers by the names that people use."""
 
 import dataclasses
 import difflib
@@ -7,8 +7,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from .._config import cut, shorten
 from .._errors import ConfigError, SettingError
-from .discrete import DiscreteSchedulerConfig, Grid
+from .discrete import Grid
+from .discrete_config import DiscreteSchedulerConfig
 from .parameterization import AbstractParameterization, Flow
 from .solvers import (
     DDIM,
@@ -32,17 +34,17 @@ from .spacing import Spacing
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A solver and the way that it lays its steps.
+    """A solver and the way that it places its steps.
 
     **Arguments:**
 
-    - `name`: ours.
-    - `aliases`: the classes of diffusers that mean it and, last, its name in A1111's style.
+    - `name`: the sampler's name in this package.
+    - `aliases`: its classes in diffusers and, last, its name in A1111's style.
     - `summary`: one line.
-    - `solver`: for models trained as DDPMs.
-    - `grid`: how its steps lie over the thousand levels of such a model.
-    - `flow`: the solver for rectified flows, where there is one.
-    - `kind`: how the sigmas are spread, where the name that was asked for says so.
+    - `solver`: the solver for models trained as DDPMs.
+    - `grid`: how to place the steps on the thousand levels of such a model.
+    - `flow`: the solver for rectified flows; `None` where the sampler has none.
+    - `kind`: how to spread the sigmas; `None` where the name did not end in a way to.
     """
 
     name: str
@@ -56,19 +58,19 @@ class Sampler:
     def solver_for(
         self, parameterization: AbstractParameterization, *, eta: float | None = None
     ) -> AbstractSolver:
-        """The solver for a model of this parameterization.
+        """Returns the solver for a model of this parameterization.
 
         **Arguments:**
 
         - `eta`: DDIM's share of new noise; 0 is none.
 
-        **Raises:** `SettingError` where the sampler cannot be used with it, or would ignore `eta`.
+        **Raises:** `SettingError` where the sampler has no solver for it, or would ignore `eta`.
         """
         if eta is not None:
             if self.name != "ddim":
-                raise SettingError(f"The sampler {self.name} has no eta: only ddim does.")
+                raise SettingError(f"The sampler {self.name} has no `eta`: only ddim does.")
             if not 0 <= eta <= 1:
-                raise SettingError(f"eta must be from 0 to 1, not {eta}.")
+                raise SettingError(f"`eta` {eta:g} is out of range: it is from 0 to 1.")
         if isinstance(parameterization, Flow):
             if self.flow is None:
                 usable = ", ".join(s.name for s in SAMPLERS if s.flow is not None)
@@ -113,29 +115,29 @@ SAMPLERS = (
     Sampler(
         "lms",
         ("LMSDiscreteScheduler", "LMS"),
-        "linear multistep through the last four slopes, one evaluation a step",
+        "linear multistep through the last four slopes (flows: two), one evaluation a step",
         LMS(),
         _REAL,
-        LMS(straight=True),
+        LMS(straight=True, order=2),
     ),
     Sampler(
         "ddim",
         ("DDIMScheduler", "DDIM"),
-        "the deterministic sampler of DDPMs; --eta adds noise",
+        "the deterministic sampler of DDPMs; `eta` above 0 adds noise",
         DDIM(),
         Grid("whole", "leading", "alpha"),
     ),
     Sampler(
         "ddpm",
         ("DDPMScheduler", "DDPM"),
-        "ancestral sampling as trained: noise at every step, wants many",
+        "ancestral sampling as in training: new noise at every step; needs many steps",
         DDPM(),
         Grid("whole", "leading", "clean"),
     ),
     Sampler(
         "pndm",
         ("PNDMScheduler", "PLMS"),
-        "pseudo linear multistep of the noise; the default of Stable Diffusion 1.5",
+        "pseudo linear multistep of the predicted noise; the default of Stable Diffusion 1.5",
         PNDM(),
         Grid("whole", "leading", "pndm"),
     ),
@@ -150,7 +152,7 @@ SAMPLERS = (
     Sampler(
         "dpmpp-2m-sde",
         ("DPM++ 2M SDE",),
-        "the same with new noise at every step",
+        "DPM++ 2M with new noise at every step",
         DPMpp2MSDE(),
         _INNER,
         DPMpp2MSDE(),
@@ -158,14 +160,14 @@ SAMPLERS = (
     Sampler(
         "dpmpp-sde",
         ("DPMSolverSDEScheduler", "DPM++ SDE"),
-        "two evaluations a step, with noise along one Brownian path",
+        "two evaluations a step, with the noise of one Brownian path",
         DPMppSDE(),
         dataclasses.replace(_REAL, middle="mean"),
     ),
     Sampler(
         "unipc",
         ("UniPCMultistepScheduler", "UniPC"),
-        "second order with every step corrected for free; good in 10 steps",
+        "second order; corrects every step without another evaluation; good in 10 steps",
         UniPC(),
         _INNER,
         UniPC(),
@@ -196,12 +198,13 @@ _KINDS: dict[str, Spacing | Literal["ays"]] = {
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler of a name: ours, the class of diffusers, or A1111's, such as "DPM++ 2M Karras".
+    """Finds a sampler by its name here, its class in diffusers, or its name in A1111, such as
+    "DPM++ 2M Karras".
 
-    A name may end in how the sigmas are spread: karras, exponential, beta or ays. Case, blanks and
+    A name may end in a way to spread the sigmas: karras, exponential, beta or ays. Case, blanks and
     hyphens do not matter.
 
-    **Raises:** `SettingError` with the nearest name.
+    **Raises:** `SettingError` that tells the nearest name.
     """
     table = {_plain(alias): s for s in SAMPLERS for alias in (s.name, *s.aliases)}
     plain = _plain(name)
@@ -218,15 +221,15 @@ def find_sampler(name: str) -> Sampler:
             return dataclasses.replace(table[stem], kind=kind)
     nearest = difflib.get_close_matches(plain, table, n=1, cutoff=0)[0]
     raise SettingError(
-        f"There is no sampler {name!r}; the nearest is {table[nearest].name!r}. "
-        "`eqxdiff samplers` lists them all."
+        f"There is no sampler {shorten(name)}; the nearest is {table[nearest].name!r}. "
+        f"The samplers are {', '.join(sampler.name for sampler in SAMPLERS)}."
     )
 
 
 def default_sampler(config: DiscreteSchedulerConfig) -> Sampler:
-    """The sampler that a checkpoint's `scheduler_config.json` names.
+    """Returns the sampler that a checkpoint's `scheduler_config.json` names.
 
-    **Raises:** `ConfigError` where it is none of ours.
+    **Raises:** `ConfigError` where this package does not have it.
     """
     sde = config.algorithm_type == "sde-dpmsolver++"
     if config.scheduler == "DPMSolverMultistepScheduler" and sde:
@@ -235,8 +238,8 @@ def default_sampler(config: DiscreteSchedulerConfig) -> Sampler:
         if config.scheduler in sampler.aliases:
             return sampler
     raise ConfigError(
-        f"The checkpoint's own scheduler, {config.scheduler}, is not among the samplers; choose "
-        "another, such as euler."
+        f"The checkpoint's own scheduler, {cut(config.scheduler)}, is not among the samplers; "
+        "choose another, such as euler."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a network's output means: the data, the noise, or a velocity between them."""
+"""The meanings of a network's output: the data, the noise, or a velocity between them."""
 
 import abc
 
@@ -13,17 +13,17 @@ class AbstractParameterization(eqx.Module):
 
     @abc.abstractmethod
     def denoised(self, x: X, output: X, row: Row) -> X:
-        """x0, in the dtype of `x` (the output of a narrower network is widened first)."""
+        """Returns x0 in the dtype of `x`. It widens the output of a narrower network first."""
 
     @abc.abstractmethod
     def target(self, x0: X, eps: X, row: Row) -> X:
-        """The output of a perfect network: what training regresses to."""
+        """Returns the output of a perfect network, which training aims at."""
 
 
 class Epsilon(AbstractParameterization):
     """The output is the noise (https://arxiv.org/abs/2006.11239).
 
-    Where alpha is 0 the noise says nothing of the data, and x0 is taken for 0.
+    Where alpha is 0 the noise does not determine the data, and x0 is 0.
     """
 
     def denoised(self, x: X, output: X, row: Row) -> X:
@@ -70,5 +70,6 @@ class Flow(AbstractParameterization):
 
 
 def parameterization_of(prediction_type: str) -> AbstractParameterization:
-    """By the name that a scheduler's config gives it: epsilon, v_prediction, sample."""
+    """Returns the meaning that a scheduler's config calls `"epsilon"`, `"v_prediction"` or
+    `"sample"`."""
     return {"epsilon": Epsilon(), "v_prediction": VPrediction(), "sample": X0()}[prediction_type]

@@ -19,8 +19,8 @@ class Row(eqx.Module):
 
     **Arguments:**
 
-    - `alpha`, `sigma`: what the data and the unit noise are multiplied by.
-    - `timestep`: what the network is told, in thousandths: 0 is data and 1000 is noise.
+    - `alpha`, `sigma`: the factors of the data and of the unit noise.
+    - `timestep`: the network's input for this level, in thousandths: 0 is data and 1000 is noise.
     """
 
     alpha: Float[Array, "*rows"]
@@ -28,7 +28,7 @@ class Row(eqx.Module):
     timestep: Float[Array, "*rows"]
 
     def astype(self, dtype: DTypeLike) -> "Row":
-        """The same level in another dtype."""
+        """Returns the same level in another dtype."""
         return Row(*(v.astype(dtype) for v in (self.alpha, self.sigma, self.timestep)))
 
 
@@ -37,17 +37,18 @@ class Schedule(eqx.Module):
 
     The rows are variance preserving (`alpha**2 + sigma**2 == 1`) for models trained as DDPMs and
     straight (`alpha + sigma == 1`) for flows. A sampler that is written for the exploding form
-    `z = x0 + s * eps`, such as k-diffusion's, walks through the same rows with `z = x / alpha` and
+    `z = x0 + s * eps`, such as k-diffusion's, goes through the same rows with `z = x / alpha` and
     `s = sigma / alpha`. `alpha` may be 0 in row 0 (zero terminal SNR), and `sigma` need not be 0 in
-    the last row.
+    the last row. There z is larger than x, by 4e-4 at the smallest level of Stable Diffusion: where
+    `final_sigmas_type` is `"sigma_min"`, Euler in diffusers hands on z, and here all samplers hand
+    on x. From zero terminal SNR z is 4096 times x, and loses digits in float32 that x keeps.
 
     **Arguments:**
 
     - `alpha`, `sigma`, `timestep`: as in `Row`, one value for each step and one more.
-    - `start`: what unit noise is multiplied by to start at row 0. One for most; `sigma[0]` where
-        the reference sampler of a model starts from noise with no trace of a mean.
-    - `middle`: for solvers that look at a level within each step (`AbstractSolver.middle`): one row
-        a step.
+    - `start`: the factor of unit noise at row 0. It is 1 for most samplers, and `sigma[0]` for
+        those whose reference starts from noise without a mean.
+    - `middle`: one row a step, for solvers that evaluate at a level within each step.
     """
 
     alpha: Float[Array, " rows"]
@@ -66,7 +67,7 @@ class Schedule(eqx.Module):
         start: ArrayLike = 1.0,
         middle: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     ) -> "Schedule":
-        """Rounds the numbers, computed in whatever precision, to float32 once."""
+        """Makes a schedule from numbers of any precision, which it rounds to float32 once."""
 
         def array(x):
             return jnp.asarray(np.asarray(x), jnp.float32)
@@ -81,25 +82,31 @@ class Schedule(eqx.Module):
 
     @property
     def steps(self) -> int:
+        """The number of steps."""
         return self.alpha.shape[0] - 1
 
     def __getitem__(self, index: Int[Array, ""] | int) -> Row:
         return Row(self.alpha[index], self.sigma[index], self.timestep[index])
 
     def within(self, index: Int[Array, ""] | int) -> Row:
-        """The row within the step that starts at row `index`."""
+        """Returns the row within the step that starts at row `index`.
+
+        **Raises:** `ValueError` where the schedule has no rows within steps.
+        """
         if self.middle is None:
-            raise ValueError("This schedule was made for a solver that needs no rows within steps.")
+            raise ValueError("This schedule has no rows within steps, which the solver needs.")
         rows = self.middle
         return Row(rows.alpha[index], rows.sigma[index], rows.timestep[index])
 
     def since(self, first: int) -> "Schedule":
-        """The schedule from row `first` on: where image-to-image starts with `add_noise`.
+        """Returns the schedule from row `first` on. Image to image starts there, with `add_noise`.
 
         **Raises:** `SettingError` where no step is left.
         """
         if not 0 <= first < self.steps:
-            raise SettingError(f"Step {first} is not among the {self.steps} steps of the schedule.")
+            raise SettingError(
+                f"The schedule has {self.steps} steps, so it cannot begin at step {first}."
+            )
         rows = self.middle
         if rows is not None:
             rows = Row(rows.alpha[first:], rows.sigma[first:], rows.timestep[first:])
@@ -109,6 +116,6 @@ class Schedule(eqx.Module):
 
 
 def add_noise(x0: X, noise: X, row: Row) -> X:
-    """`alpha * x0 + sigma * noise`."""
+    """Returns `alpha * x0 + sigma * noise`."""
     row = row.astype(x0.dtype)
     return row.alpha * x0 + row.sigma * noise

@@ -1,4 +1,4 @@
-"""How to spread noise levels between a largest and a smallest: formulas and published tables."""
+"""Formulas and published tables that spread noise levels between a largest and a smallest."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -21,7 +21,7 @@ Source: https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html
 
 
 def spread(kind: Spacing, largest: float, smallest: float, steps: int) -> np.ndarray:
-    """`steps` levels from `largest` to `smallest`, both included, in float64.
+    """Returns `steps` levels from `largest` to `smallest`, both included, in float64.
 
     - `"karras"`: equal steps of the seventh root (https://arxiv.org/abs/2206.00364, equation 5).
     - `"exponential"`: equal steps of the logarithm.
@@ -39,26 +39,27 @@ def spread(kind: Spacing, largest: float, smallest: float, steps: int) -> np.nda
 
 
 def ays(table: Sequence[float], steps: int) -> np.ndarray:
-    """`steps` levels of an Align Your Steps table, without the last, which is no noise.
+    """Returns `steps` levels of an Align Your Steps table, without the final level, which is 0.
 
-    Other numbers of steps than the table's are interpolated on the logarithm, as its authors do.
+    For another number of steps than the table's, it interpolates the logarithm of the levels, as
+    the authors of the table do.
     """
     at = np.linspace(0, len(table) - 1, steps + 1)
     return np.exp(np.interp(at, np.arange(len(table)), np.log(table)))[:-1]
 
 
 def explicit(sigmas: Sequence[float], steps: int | None, *, largest: float) -> np.ndarray:
-    """Checks a list of noise levels that a user gave and ends it at 0.
+    """Checks a list of noise levels that a user gave, and ends it at 0.
 
-    **Raises:** `SettingError` where it does not fall, is out of range or has another length.
+    **Raises:** `SettingError` where the levels do not fall, are out of range or are not `steps`.
     """
     levels = np.asarray(sigmas, np.float64)
     if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
-        raise SettingError("The sigmas must be a list of numbers.")
+        raise SettingError("`sigmas` must be a list of numbers.")
     if levels[-1] != 0:
         levels = np.append(levels, 0.0)
     if len(levels) < 2 or levels[0] > largest or levels[-1] < 0 or (np.diff(levels) >= 0).any():
-        raise SettingError(f"The sigmas must fall, from at most {largest:g} to 0.")
+        raise SettingError(f"`sigmas` must fall, from at most {largest:g} to 0.")
     if steps is not None and steps != len(levels) - 1:
-        raise SettingError(f"There are sigmas for {len(levels) - 1} steps, not for {steps}.")
+        raise SettingError(f"`sigmas` has levels for {len(levels) - 1} steps, not for {steps}.")
     return levels

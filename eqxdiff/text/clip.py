@@ -301,7 +301,10 @@ class CLIPTextModel(eqx.Module):
         remat: bool = False,
         keep: Keep = everything,
     ) -> tuple[CLIPOutput, PyTree]:
-        """Does what `__call__` does, and also returns `keep(x)` after every layer, stacked."""
+        """Does what `__call__` does, and also returns `keep(x)` after every layer, stacked.
+
+        `keep` is that of `nn.fold`: by default the whole output of the layer.
+        """
         x = self.embeddings(tokens, dtype)
         x, hidden_state, seen = self.encoder(x, skip, remat=remat, keep=keep)
         last_hidden_state = self.final_layer_norm(x)

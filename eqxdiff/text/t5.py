@@ -200,7 +200,10 @@ class T5Encoder(eqx.Module):
         remat: bool = False,
         keep: Keep = everything,
     ) -> tuple[Float[Array, "tokens dim"], PyTree]:
-        """Does what `__call__` does, and also returns `keep(x)` after every block, stacked."""
+        """Does what `__call__` does, and also returns `keep(x)` after every block, stacked.
+
+        `keep` is that of `nn.fold`: by default the whole output of the block.
+        """
         x = self.shared(tokens)
         x = x if dtype is None else x.astype(dtype)
         buckets = relative_buckets(tokens.shape[0], self.buckets, self.max_distance)

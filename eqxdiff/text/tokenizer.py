@@ -105,8 +105,10 @@ class Tokenizer:
     def encode(self, prompt: str, max_length: int | None = None) -> Tokenized:
         """The ids of one prompt, cut and padded to `max_length`, by default `model_max_length`.
 
-        **Raises:** `PromptError` where the prompt is no valid Unicode text; `ValueError` where
-        `max_length` leaves no room for the start and end token, or where neither states a length.
+        **Raises:** `PromptError` where the prompt is no valid Unicode text; `CheckpointError` where
+        the tokenizer has neither a token for a character nor one for what it does not know;
+        `ValueError` where `max_length` leaves no room for the start and end token, or where neither
+        states a length.
         """
         max_length = self.model_max_length if max_length is None else max_length
         room = (max_length or 0) - self.backend.num_special_tokens_to_add(False)
@@ -118,7 +120,8 @@ class Tokenizer:
             raise PromptError(
                 f"The prompt is no valid Unicode text: a lone surrogate at position {error.start}."
             ) from None
-        encoding = self.backend.encode(prompt, add_special_tokens=False)
+        with _blame("The tokenizer"):
+            encoding = self.backend.encode(prompt, add_special_tokens=False)
         dropped = prompt[encoding.offsets[room][0] :].strip() if len(encoding) > room else ""
         encoding.truncate(room)
         ids = self.backend.post_process(encoding).ids

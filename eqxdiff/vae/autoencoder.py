@@ -13,8 +13,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
-from ..nn import Conv2d, GroupNorm, silu
-from .blocks import EPS, DownBlock, MidBlock, UpBlock
+from ..nn import AbstractConv2d, Conv2d, GroupNorm, silu
+from .blocks import EPS, DecoderLevel, EncoderLevel, MiddleLevel
 from .config import AutoencoderKLConfig
 
 
@@ -24,11 +24,11 @@ LOGVAR_RANGE = -30.0, 20.0
 class Encoder(eqx.Module):
     """An image to the moments of its latent, mean and log-variance side by side."""
 
-    conv_in: Conv2d
-    down_blocks: tuple[DownBlock, ...]
-    mid_block: MidBlock
+    conv_in: AbstractConv2d
+    down_blocks: tuple[EncoderLevel, ...]
+    mid_block: MiddleLevel
     conv_norm_out: GroupNorm
-    conv_out: Conv2d
+    conv_out: AbstractConv2d
 
     @classmethod
     def init(cls, cfg: AutoencoderKLConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -37,8 +37,8 @@ class Encoder(eqx.Module):
         conv = lambda i, o, key: Conv2d.init(i, o, 3, padding=1, key=key, dtype=dtype)
         return cls(
             conv(cfg.in_channels, widths[0], keys[-1]),
-            tuple(DownBlock.init(cfg, i, key=keys[i], dtype=dtype) for i in range(levels)),
-            MidBlock.init(cfg, key=keys[-2], dtype=dtype),
+            tuple(EncoderLevel.init(cfg, i, key=keys[i], dtype=dtype) for i in range(levels)),
+            MiddleLevel.init(cfg, key=keys[-2], dtype=dtype),
             GroupNorm.init(widths[-1], groups=cfg.norm_num_groups, eps=EPS, dtype=dtype),
             conv(widths[-1], 2 * cfg.latent_channels, keys[-3]),
         )
@@ -57,11 +57,11 @@ class Encoder(eqx.Module):
 class Decoder(eqx.Module):
     """A latent to an image."""
 
-    conv_in: Conv2d
-    mid_block: MidBlock
-    up_blocks: tuple[UpBlock, ...]
+    conv_in: AbstractConv2d
+    mid_block: MiddleLevel
+    up_blocks: tuple[DecoderLevel, ...]
     conv_norm_out: GroupNorm
-    conv_out: Conv2d
+    conv_out: AbstractConv2d
 
     @classmethod
     def init(cls, cfg: AutoencoderKLConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -70,8 +70,8 @@ class Decoder(eqx.Module):
         conv = lambda i, o, key: Conv2d.init(i, o, 3, padding=1, key=key, dtype=dtype)
         return cls(
             conv(cfg.latent_channels, widths[-1], keys[-1]),
-            MidBlock.init(cfg, key=keys[-2], dtype=dtype),
-            tuple(UpBlock.init(cfg, i, key=keys[i], dtype=dtype) for i in range(levels)),
+            MiddleLevel.init(cfg, key=keys[-2], dtype=dtype),
+            tuple(DecoderLevel.init(cfg, i, key=keys[i], dtype=dtype) for i in range(levels)),
             GroupNorm.init(widths[0], groups=cfg.norm_num_groups, eps=EPS, dtype=dtype),
             conv(widths[0], cfg.out_channels, keys[-3]),
         )
@@ -117,8 +117,8 @@ class AutoencoderKL(eqx.Module):
 
     encoder: Encoder
     decoder: Decoder
-    quant_conv: Conv2d | None
-    post_quant_conv: Conv2d | None
+    quant_conv: AbstractConv2d | None
+    post_quant_conv: AbstractConv2d | None
     scaling_factor: float = eqx.field(static=True)
     shift_factor: float = eqx.field(static=True)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._types import PRNGKey
 from ..kernels import attention
-from ..nn import Downsample2D, GroupNorm, Linear, ResnetBlock2D, Upsample2D
+from ..nn import AbstractLinear, Downsample2D, GroupNorm, Linear, ResnetBlock2D, Upsample2D
 from .config import AutoencoderKLConfig
 
 
@@ -42,10 +42,10 @@ class SpatialAttention(eqx.Module):
     """Attention of one head among all pixels, with a skip."""
 
     group_norm: GroupNorm
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
-    to_out: Linear
+    to_q: AbstractLinear
+    to_k: AbstractLinear
+    to_v: AbstractLinear
+    to_out: AbstractLinear
 
     @classmethod
     def init(cls, cfg: AutoencoderKLConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -59,8 +59,8 @@ class SpatialAttention(eqx.Module):
         return x + self.to_out(y).reshape(x.shape)
 
 
-class MidBlock(eqx.Module):
-    """The coarsest level: a residual block, then attention and another."""
+class MiddleLevel(eqx.Module):
+    """The coarsest level: a residual block, attention, and a residual block."""
 
     attentions: tuple[SpatialAttention, ...]
     resnets: tuple[ResnetBlock2D, ...]
@@ -81,15 +81,15 @@ class MidBlock(eqx.Module):
         return self.resnets[1](x)
 
 
-class DownBlock(eqx.Module):
-    """One level of the encoder; all but the last end in a downsampler."""
+class EncoderLevel(eqx.Module):
+    """One level of the encoder; each but the last ends in a downsampler."""
 
     resnets: tuple[ResnetBlock2D, ...]
     downsamplers: tuple[Downsample2D, ...]
 
     @classmethod
     def init(cls, cfg: AutoencoderKLConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        """`level` counts from the image."""
+        """Makes a random level; `level` counts from the image."""
         key1, key2 = jax.random.split(key)
         widths = cfg.block_out_channels
         channels, downsamplers = widths[level], ()
@@ -109,15 +109,15 @@ class DownBlock(eqx.Module):
         return x
 
 
-class UpBlock(eqx.Module):
-    """One level of the decoder; all but the last end in an upsampler."""
+class DecoderLevel(eqx.Module):
+    """One level of the decoder; each but the last ends in an upsampler."""
 
     resnets: tuple[ResnetBlock2D, ...]
     upsamplers: tuple[Upsample2D, ...]
 
     @classmethod
     def init(cls, cfg: AutoencoderKLConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
-        """`level` counts from the latent."""
+        """Makes a random level; `level` counts from the latent."""
         key1, key2 = jax.random.split(key)
         widths = cfg.block_out_channels[::-1]
         channels, upsamplers = widths[level], ()

@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from .._dtypes import at_least_float32
 from ..nn import GroupNorm, ResnetBlock2D, silu
 from .autoencoder import AutoencoderKL, Posterior
-from .blocks import DownBlock, UpBlock
+from .blocks import DecoderLevel, EncoderLevel
 
 
 def decode_tiled(
@@ -75,7 +75,7 @@ def encode_tiled(
     return vae.from_encoder(vae.encoder.finish(last(x)))
 
 
-def _layers(blocks: Sequence[DownBlock | UpBlock]) -> tuple[Callable[[Array], Array], ...]:
+def _layers(blocks: Sequence[EncoderLevel | DecoderLevel]) -> tuple[Callable[[Array], Array], ...]:
     return tuple(layer for block in blocks for layer in block.layers)
 
 
@@ -108,11 +108,11 @@ class _Grid:
         row, column = (jnp.asarray(s)[i] for s, i in zip(self.starts, tile, strict=True))
         return unit * row, unit * column, 0
 
-    def weight(self, tile: Int[Array, "2"], unit: int, dtype: DTypeLike) -> Float[Array, "h w"]:
-        """How much each pixel of a tile counts; over all tiles at a pixel, the sum is one.
+    def share(self, tile: Int[Array, "2"], unit: int, dtype: DTypeLike) -> Float[Array, "h w"]:
+        """Returns how much each pixel of a tile counts; the shares of all tiles add up to one.
 
         A tile fades out linearly towards its neighbours. The outer quarter of the overlap counts
-        for nothing: the padding of the convolutions is felt there.
+        for nothing, because the padding of the convolutions shows there.
         """
         sides = []
         for side, cut, starts in zip(self.size, self.shape, self.starts, strict=True):
@@ -131,9 +131,9 @@ class _Grid:
 
 
 class _Moments(eqx.Module):
-    """Mean and variance of each group of channels over a weight of pixels."""
+    """Mean and variance of each group of channels over a mass of pixels."""
 
-    weight: Float[Array, ""]
+    mass: Float[Array, ""]
     mean: Float[Array, " groups"]
     variance: Float[Array, " groups"]
 
@@ -142,29 +142,20 @@ class _Moments(eqx.Module):
         return cls(jnp.zeros((), dtype), jnp.zeros(groups, dtype), jnp.zeros(groups, dtype))
 
     @classmethod
-    def measure(cls, x: Float[Array, "h w c"], weight: Float[Array, "h w"], groups: int) -> Self:
-        total = jnp.sum(weight)
-        weight = weight[:, :, None] / total
+    def measure(cls, x: Float[Array, "h w c"], share: Float[Array, "h w"], groups: int) -> Self:
+        mass = jnp.sum(share)
+        weight = share[:, :, None] / mass
         x = x.astype(weight.dtype).reshape(*x.shape[:2], groups, -1)
         mean = jnp.sum(weight * jnp.mean(x, axis=3), axis=(0, 1))
         square = jnp.mean(jnp.square(x - mean[:, None]), axis=3)
-        return cls(total, mean, jnp.sum(weight * square, axis=(0, 1)))
+        return cls(mass, mean, jnp.sum(weight * square, axis=(0, 1)))
 
     def merge(self, other: Self) -> "_Moments":
-        weight = self.weight + other.weight
-        a, b = self.weight / weight, other.weight / weight
+        mass = self.mass + other.mass
+        a, b = self.mass / mass, other.mass / mass
         mean = a * self.mean + b * other.mean
         between = a * b * jnp.square(self.mean - other.mean)
-        return _Moments(weight, mean, a * self.variance + b * other.variance + between)
-
-    def normalize(self, norm: GroupNorm, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        """`norm` with these statistics in place of those of `x`."""
-        wide = x.astype(self.mean.dtype).reshape(*x.shape[:2], norm.groups, -1)
-        wide = wide - self.mean[:, None]
-        wide = (wide * lax.rsqrt(self.variance + norm.eps)[:, None]).reshape(x.shape)
-        return (wide * norm.weight.astype(wide.dtype) + norm.bias.astype(wide.dtype)).astype(
-            x.dtype
-        )
+        return _Moments(mass, mean, a * self.variance + b * other.variance + between)
 
 
 def _run(
@@ -214,11 +205,12 @@ def _run_tiled(
         own = []
 
         def normalize(norm, y):
-            weight = grid.weight(tile, y.shape[0] // grid.shape[0], wide)
-            own.append(_Moments.measure(y, weight, norm.groups))
+            share = grid.share(tile, y.shape[0] // grid.shape[0], wide)
+            own.append(_Moments.measure(y, share, norm.groups))
             whole = known[len(own) - 1]
-            use = lambda whole_, own_: jnp.where(whole.weight > 0, whole_, own_)
-            return jax.tree.map(use, whole, own[-1]).normalize(norm, y)
+            use = lambda whole_, own_: jnp.where(whole.mass > 0, whole_, own_)
+            used = jax.tree.map(use, whole, own[-1])
+            return norm.normalize(y, used.mean, used.variance)
 
         return _run(layers, part, normalize), own
 
@@ -233,7 +225,7 @@ def _run_tiled(
         part = run_tile(tile, known)[0].astype(wide)
         unit = part.shape[0] // grid.shape[0]
         corner = grid.corner(tile, unit)
-        part = part * grid.weight(tile, unit, wide)[:, :, None]
+        part = part * grid.share(tile, unit, wide)[:, :, None]
         part = part + lax.dynamic_slice(total, corner, part.shape)
         return lax.dynamic_update_slice(total, part, corner), None
 

@@ -1,18 +1,16 @@
 """The pipelines of Stable Diffusion against diffusers, stage by stage, from the same noise."""
 
-import contextlib
 from functools import cache
 from pathlib import Path
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from helpers import FIXTURES, fake_noise, relative_error
 from sd_files import CASES, picture, write_case
 
 import eqxdiff
-from eqxdiff import pipeline
+from eqxdiff.pipeline import expand, share, stack_examples, to_bytes
+from eqxdiff.pipeline.sample import decode_batch
 
 
 OTHERS = ("gain", "model", "prompts", "others", "controls", "scheduler", "reference")
@@ -50,29 +48,18 @@ def noise_of(case: dict) -> np.ndarray:
     return fake_noise(len(case["prompts"]), 4, case["height"] // 8, case["width"] // 8)
 
 
-@cache
-def fast(function):
-    """Compiled with less optimising, which would take most of the time of these tests."""
-    return eqx.filter_jit(function, compiler_options={"xla_backend_optimization_level": 0})
+def requests_of(encoded: eqxdiff.Encoded, case: dict) -> list[eqxdiff.Request]:
+    noise, controls = noise_of(case), controls_of(case)
+    requests = expand(encoded, seed=0, num_images=1, given=given(case), controls=controls)
+    return share(requests, "noise", noise, noise.shape[1:])
 
 
-@contextlib.contextmanager
-def compiled_fast(*, sampling: bool = True):
-    """Within it, pipelines are compiled sooner. It gives a list that the latents, (n, c, h, w), are
-    added to after each step. Without sampling the noise is what is decoded."""
-    latents, names = [], ("_encode", "_start", "_step", "_decode")
-    functions = {name: fast(getattr(pipeline, name).__wrapped__) for name in names}
-
-    def step(fixed, x, state):
-        if sampling:
-            x, state = functions["_step"](fixed, x, state)
-        latents.append(np.asarray(x).transpose(0, 3, 1, 2))
-        return x, state
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in {**functions, "_step": step}.items():
-            patch.setattr(pipeline, name, function)
-        yield latents
+def sample(pipe: eqxdiff.Pipeline, encoded: eqxdiff.Encoded, case: dict) -> list[np.ndarray]:
+    """The latents, (n, c, h, w), after each step."""
+    requests = requests_of(encoded, case)
+    batch = stack_examples([eqxdiff.prepare(pipe, each) for each in requests], len(requests))
+    steps = eqxdiff.steps(pipe.blueprint, pipe.stage("denoiser"), batch)
+    return [np.asarray(step.x).transpose(0, 3, 1, 2) for step in steps]
 
 
 def assert_agrees(value, name: str, floor: float, factor: float) -> None:
@@ -92,57 +79,45 @@ def loaded(name: str, root: Path) -> eqxdiff.Pipeline:
 def check_prompt(name: str, root: Path) -> eqxdiff.Encoded:
     """What the network is told of the prompt."""
     case = CASES[name]
-    with compiled_fast():
-        encoded = loaded(name, root).encode(case["prompts"], **given(case))
-    conditional = encoded.conditional
+    encoded = loaded(name, root).encode(case["prompts"], **given(case))
+    said = encoded.roles["prompt"]
     pooled = f"{name}/pooled" in read_reference()
-    assert_agrees(conditional.context if pooled else conditional, f"{name}/context", 5e-6, 5)
+    assert_agrees(said.context if pooled else said, f"{name}/context", 5e-6, 5)
     if pooled:
-        assert_agrees(conditional.pooled, f"{name}/pooled", 5e-6, 5)
+        assert_agrees(said.pooled, f"{name}/pooled", 5e-6, 5)
     return encoded
 
 
-def check_latents(name: str, root: Path) -> None:
+def check_latents(name: str, root: Path) -> eqxdiff.Encoded:
     """The prompt, and the latents after the first step and the last."""
-    case, encoded, pipe = CASES[name], check_prompt(name, root), loaded(name, root)
-    with compiled_fast() as latents:
-        pictures = pipeline.generate_each(
-            pipe,
-            encoded,
-            pipe.blueprint.resolve(given(case)),
-            noise=noise_of(case),
-            batch_size=len(case["prompts"]),
-            controls=controls_of(case),
-            decode=False,
-        )
-        final = np.stack([picture.latent for picture in pictures])
+    case, encoded = CASES[name], check_prompt(name, root)
+    latents = sample(loaded(name, root), encoded, case)
     assert len(latents) == case["steps"]
     assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
-    assert_agrees(final, f"{name}/final", 2e-5, 10)
+    assert_agrees(latents[-1], f"{name}/final", 2e-5, 10)
+    return encoded
 
 
 def check_picture(name: str, root: Path) -> None:
     """What the recorded latents are decoded to, in 8 bits."""
     latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
-    with compiled_fast():
-        arrays = pipeline._decode(loaded(name, root)["vae"], latents, jnp.float32, False, None)
-    check_bytes(name, pipeline.to_bytes(np.asarray(arrays)))
+    pipe = loaded(name, root)
+    model, modules = pipe.blueprint.model, pipe.stage("vae")
+    arrays = decode_batch(model, modules, latents, jnp.float32, False, None)
+    check_bytes(name, to_bytes(np.asarray(arrays)))
 
 
 def check_case(name: str, root: Path) -> None:
-    """All in one call of `generate`."""
-    case = CASES[name]
-    check_prompt(name, root)
-    with compiled_fast() as latents:
-        result = eqxdiff.generate(
-            loaded(name, root),
-            case["prompts"],
-            noise=noise_of(case),
-            batch_size=len(case["prompts"]),
-            controls=controls_of(case),
-            **given(case),
-        )
-    assert_agrees(latents[0], f"{name}/first", 5e-6, 5)
+    """All stages, and then all in one call of `generate`."""
+    case, encoded = CASES[name], check_latents(name, root)
+    result = eqxdiff.generate(
+        loaded(name, root),
+        encoded,
+        noise=noise_of(case),
+        batch_size=len(case["prompts"]),
+        controls=controls_of(case),
+        **given(case),
+    )
     assert_agrees(result.latents, f"{name}/final", 2e-5, 10)
     check_bytes(name, np.stack([np.asarray(image) for image in result.images]))
 

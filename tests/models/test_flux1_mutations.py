@@ -6,13 +6,14 @@ import test_clip
 import test_flux1
 import test_flux1_pipeline
 import test_t5
-from helpers import FIXTURES, write_checkpoint
+from helpers import FIXTURES, compiled_fast, write_checkpoint
 from mutate import mutated, read_mutations
 
 
 MUTATIONS = read_mutations("flux1")
 
 
+@compiled_fast()
 def check(name: str, folders) -> None:
     """The test that has to fail."""
     if name in test_flux1_pipeline.CASES:

@@ -2,15 +2,13 @@
 
 import json
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import FIXTURES, fake_noise, relative_error, write_checkpoint
 
 import eqxdiff
-from eqxdiff.sampling import Flow, begin, start, step
+from eqxdiff.pipeline import expand, share, stack_examples
 
 
 CASES = json.loads((FIXTURES / "flux1_pipeline.json").read_text())
@@ -43,42 +41,27 @@ def noise_of(case) -> np.ndarray:
     return fake_noise(len(case["prompts"]), 4, case["height"] // 8, case["width"] // 8)
 
 
-def first_step(pipe, encoded, settings, noise):
+def first_step(pipe, encoded, case, noise):
     """The latents after one step, (n, c, h, w)."""
-    plan = pipe.blueprint
-    family, configs = plan.family, plan.configs
-    schedule, solver = family.schedule(configs, settings), family.solver(configs, settings)
-    guidance = family.guidance(configs, settings)
-
-    @eqx.filter_jit
-    def run(components, x, conditional, unconditional):
-        def one(x, conditional):
-            denoiser = family.denoiser(
-                components, conditional, unconditional, guidance, (), Flow(), plan.compute_dtype
-            )
-            x = start(x, schedule)
-            return step(denoiser, x, begin(denoiser, x, schedule, solver), schedule, 0, solver)[0]
-
-        return jax.vmap(one)(x, conditional)
-
-    x = jnp.asarray(noise).transpose(0, 2, 3, 1)
-    out = run(pipe.stage("denoiser"), x, encoded.conditional, encoded.unconditional)
-    return out.transpose(0, 3, 1, 2)
+    requests = expand(encoded, seed=0, num_images=1, given=given(case))
+    requests = share(requests, "noise", noise, noise.shape[1:])
+    batch = stack_examples([eqxdiff.prepare(pipe, each) for each in requests], len(requests))
+    step = next(eqxdiff.steps(pipe.blueprint, pipe.stage("denoiser"), batch))
+    return step.x.transpose(0, 3, 1, 2)
 
 
 def check_case(name: str, folders, reference) -> None:
     """Every stage of one case. The mutation test breaks our code and sees this fail."""
     case = CASES[name]
     pipe = eqxdiff.load(case["model"], str(folders[case["model"]]), dtype=jnp.float32)
-    settings = pipe.blueprint.resolve(given(case))
     encoded = pipe.encode(case["prompts"], **given(case))
     for stage in ("txt", "pooled"):
-        value = getattr(encoded.conditional, stage)
+        value = getattr(encoded.roles["prompt"], stage)
         error = relative_error(value, reference[f"{name}/{stage}"])
         assert error < bound(reference, name, stage, 5e-6, 5), f"{stage}: {error:.1e}"
 
     noise = noise_of(case)
-    first = first_step(pipe, encoded, settings, noise)
+    first = first_step(pipe, encoded, case, noise)
     error = relative_error(first, reference[f"{name}/first"])
     assert error < bound(reference, name, "first", 5e-6, 5), f"first step: {error:.1e}"
 

@@ -14,7 +14,6 @@ from helpers import MANIFESTS, read_manifest
 
 from eqxdiff.checkpoint import check, read_table
 from eqxdiff.models import find_model
-from eqxdiff.text import tiny
 
 
 MODELS = {
@@ -75,15 +74,22 @@ def published(model: str) -> dict[str, dict]:
     configs = {"unet": unet, "vae": vae, "controlnet": test_controlnet.published(unet)}
     for name in ("text_encoder", "text_encoder_2"):
         if name in manifests(model):
-            configs[name] = dict(tiny.clip_config(**COMMON, **CLIP[manifests(model)[name]]))
+            example = json.loads(find_model(model)[0].example(model)[f"{name}/config.json"])
+            configs[name] = {**example, **COMMON, **CLIP[manifests(model)[name]]}
     return configs
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_published_configs_agree(model):
     family, preset = find_model(model)
-    configs = {n: c.parse(published(model)[n]) for n, c in family.components.items()}
-    family.check(configs)
+    configs: dict = {n: c.parse(published(model)[n]) for n, c in family.components.items()}
+    files = family.example(model)
+    read = lambda path: json.loads(files[path])
+    configs["pipeline"] = family.parse_index(read("model_index.json"))
+    configs["scheduler"] = family.parse_scheduler(read("scheduler/scheduler_config.json"))
+    bound = family.bind(model, preset.defaults, configs)
+    assert bound.name == model
+    assert not bound.inpaints
     if preset.controls:
         assert family.controlnet is not None
         family.control_config(configs, published(model)["controlnet"])

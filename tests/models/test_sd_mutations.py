@@ -2,6 +2,7 @@
 test."""
 
 import pytest
+from helpers import compiled_fast
 from mutate import mutated, read_mutations
 from sd_checks import check_latents, check_picture, check_prompt
 
@@ -10,6 +11,7 @@ MUTATIONS = read_mutations("sd")
 CHECKS = {"prompt": check_prompt, "latents": check_latents, "picture": check_picture}
 
 
+@compiled_fast()
 def check(name: str, root) -> None:
     """The test that has to fail."""
     stage, case = name.split()

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import torch
 from _torch import FIXTURES
+from diffusers import PNDMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders import vae as autoencoder
 from diffusers.utils import logging
@@ -18,6 +19,11 @@ from helpers import fake_noise, relative_error
 from picture_files import (
     CASES,
     CROPPED,
+    PNDM,
+    PNDM_DEVIATION,
+    PNDM_FIRST,
+    PNDM_MEAN,
+    PNDM_STEPS,
     RESIZED,
     encode_noise,
     make_mask,
@@ -194,6 +200,25 @@ def run_processor() -> dict[str, np.ndarray]:
     return record
 
 
+def run_pndm() -> dict[str, np.ndarray]:
+    """PNDM as the image-to-image pipelines run it, with the exact noise of normal data.
+
+    They leave out as many of its timesteps as of other solvers' steps; but its second is listed
+    twice, and its formulas take the second that they see for that one.
+    """
+    solver = PNDMScheduler(**PNDM)
+    solver.set_timesteps(PNDM_STEPS)
+    times = solver.timesteps[PNDM_FIRST:]
+    clean, noise = (torch.from_numpy(make(16)).double() for make in (fake_noise, encode_noise))
+    x = start = solver.add_noise(clean, noise, times[:1])
+    for t in times:
+        level = solver.alphas_cumprod[t].double()
+        alpha, sigma = level**0.5, (1 - level) ** 0.5
+        spread = (alpha * PNDM_DEVIATION) ** 2 + sigma**2
+        x = solver.step(sigma * (x - alpha * PNDM_MEAN) / spread, t, x).prev_sample
+    return {"timesteps": times.numpy(), "start": start.numpy(), "final": x.numpy()}
+
+
 STAGES = ("encoded", "masked", "start", "first", "final")
 
 
@@ -202,6 +227,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     record = {f"processor/{name}": value for name, value in run_processor().items()}
+    record |= {f"pndm/{name}": value for name, value in run_pndm().items()}
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             pipe = load(Path(folder), case)

@@ -2,11 +2,9 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from ..._types import Image, Scalar
-from ...sampling import Row
-from .network import Transformer
+from ..._types import Scalar
 
 
 class FluxTokens(eqx.Module):
@@ -53,23 +51,3 @@ def positions(tokens: int, h: int, w: int) -> Float[Array, "{tokens}+{h}*{w}//4 
     row, column = jnp.meshgrid(jnp.arange(h // 2), jnp.arange(w // 2), indexing="ij")
     img = jnp.stack([jnp.zeros_like(row), row, column], axis=-1).reshape(-1, 3)
     return jnp.concatenate([jnp.zeros((tokens, 3), img.dtype), img]).astype(jnp.float32)
-
-
-class FluxPredictor(eqx.Module):
-    """The transformer as `(latent, row, condition) -> velocity`, for one picture."""
-
-    transformer: Transformer
-    shared: FluxShared
-    dtype: DTypeLike = eqx.field(static=True)
-
-    def __call__(self, x: Image, row: Row, condition: FluxCondition) -> Image:
-        h, w, _ = x.shape
-        velocity = self.transformer(
-            patchify(x).astype(self.dtype),
-            condition.txt.astype(self.dtype),
-            condition.pooled.astype(self.dtype),
-            row.timestep,
-            self.shared.guidance,
-            positions(condition.txt.shape[0], h, w),
-        )
-        return unpatchify(velocity, h, w).astype(x.dtype)

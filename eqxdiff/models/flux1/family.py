@@ -2,15 +2,25 @@
 
 from collections.abc import Mapping
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 from ...sampling import parse_flow_config
-from ...text import CLIPTextConfig, CLIPTextModel, T5Config, T5Encoder, rules as text_rules
-from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
+from ...text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5Encoder,
+    forms as text_forms,
+    rules as text_rules,
+)
+from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .._example import read_example
 from .._family import Component, Family, Preset
 from .._index import read_index
-from . import embedded, rules, tiny
+from . import embedded, forms, rules
 from .config import TransformerConfig
+from .files import FILES
 from .lora import LORA
 from .model import DEFAULT_GUIDANCE, bind
 from .network import Transformer
@@ -49,35 +59,37 @@ def parse_index(fields: Mapping[str, Any]) -> None:
     )
 
 
-def example(model: str) -> Mapping[str, str]:
-    """Returns the texts of a tiny checkpoint, by path."""
-    return tiny.files(guidance_embeds=model == "flux-dev")
-
-
 FLUX1 = Family(
     name="flux1",
     settings=FluxSettings,
     presets=PRESETS,
     components={
         "text_encoder": Component(
-            CLIPTextConfig.parse, CLIPTextModel.init, "clip", text_rules.CLIP, "text"
+            CLIPTextConfig.parse, CLIPTextModel.init, text_forms.CLIP, text_rules.CLIP, "text"
         ),
-        "text_encoder_2": Component(T5Config.parse, T5Encoder.init, "t5", text_rules.T5, "text"),
+        "text_encoder_2": Component(
+            T5Config.parse, T5Encoder.init, text_forms.T5, text_rules.T5, "text"
+        ),
         "transformer": Component(
             TransformerConfig.parse,
             Transformer.init,
-            "flux1_transformer",
+            forms.TRANSFORMER,
             rules.TRANSFORMER,
             "denoiser",
         ),
         "vae": Component(
-            AutoencoderKLConfig.parse, AutoencoderKL.init, "vae", vae_rules.AUTOENCODER, "vae"
+            AutoencoderKLConfig.parse,
+            AutoencoderKL.init,
+            vae_forms.AUTOENCODER,
+            vae_rules.AUTOENCODER,
+            "vae",
         ),
     },
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     parse_index=parse_index,
     parse_scheduler=partial(parse_flow_config, name="scheduler/scheduler_config.json"),
     bind=bind,
-    example=example,
+    example=partial(read_example, files("eqxdiff.models.flux1") / "example.json"),
+    files=FILES,
     lora=LORA,
 )

@@ -31,6 +31,8 @@ from .config import TransformerConfig
 EPS = 1e-6
 SINUSOID_DIM = 256
 
+Heads = Float[Array, "tokens heads head_dim"]
+
 
 class Modulation(eqx.Module):
     """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
@@ -60,17 +62,14 @@ def split_heads(
     norm_q: Callable[[Array], Array],
     norm_k: Callable[[Array], Array],
     count: int,
-) -> list[Float[Array, "tokens heads head_dim"]]:
+) -> tuple[Heads, Heads, Heads]:
     """Projects to `count` heads: queries and keys, each head normalised, and values."""
     heads = [f(x).reshape(x.shape[0], count, -1) for f in (q, k, v)]
-    return [norm_q(heads[0]), norm_k(heads[1]), heads[2]]
+    return norm_q(heads[0]), norm_k(heads[1]), heads[2]
 
 
 def attend(
-    q: Float[Array, "tokens heads head_dim"],
-    k: Float[Array, "tokens heads head_dim"],
-    v: Float[Array, "tokens heads head_dim"],
-    pe: Float[Array, "tokens 2 half"],
+    q: Heads, k: Heads, v: Heads, pe: Float[Array, "tokens 2 half"]
 ) -> Float[Array, "tokens dim"]:
     """Turns queries and keys by their positions, attends, and joins the heads."""
     return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)

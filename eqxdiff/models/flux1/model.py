@@ -16,8 +16,9 @@ from .._family import Configs
 from .._model import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text
 from .._recipe import guider_of, spread
 from .._settings import check_guided, check_size, complete, image_step
-from .conditioning import FluxCondition, FluxPredictor, FluxShared, FluxTokens
+from .conditioning import FluxCondition, FluxShared, FluxTokens
 from .config import TransformerConfig
+from .predictor import FluxPredictor
 from .settings import FluxSettings
 
 

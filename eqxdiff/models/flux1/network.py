@@ -178,7 +178,10 @@ class Transformer(eqx.Module):
         *,
         keep: Keep = everything,
     ) -> tuple[Float[Array, "pixels channels"], BlockOutputs]:
-        """Does what `__call__` does, and also returns `keep(output)` of every block."""
+        """Does what `__call__` does, and also returns `keep(output)` of every block.
+
+        `keep` is that of `nn.fold`: by default the whole output of the block.
+        """
         img = self.x_embedder(img)
         txt = self.context_embedder(txt)
         vec = self.time_text_embed(timestep, guidance, pooled)

@@ -2,17 +2,20 @@
 
 import dataclasses
 from functools import partial
+from importlib.resources import files
 
 from ...sampling import parse_discrete_config
-from ...text import CLIPTextConfig, CLIPTextModel, rules as text_rules
-from ...vae import AutoencoderKL, AutoencoderKLConfig, rules as vae_rules
+from ...text import CLIPTextConfig, CLIPTextModel, forms as text_forms, rules as text_rules
+from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
+from .._example import read_example
 from .._family import Component, Family, Preset
+from ..unet import forms as unet_forms
 from ..unet.config import UNetConfig
 from ..unet.model import CONTROL_COMPONENT, control_config
 from ..unet.network import UNet
 from ..unet.rules import UNET
-from . import tiny
 from .config import parse_index
+from .files import FILES
 from .lora import LORA
 from .model import bind
 from .settings import SDXLSettings
@@ -74,25 +77,30 @@ STABLE_DIFFUSION_XL = Family(
     presets=PRESETS,
     components={
         "text_encoder": Component(
-            CLIPTextConfig.parse, CLIPTextModel.init, "clip", text_rules.CLIP, "text"
+            CLIPTextConfig.parse, CLIPTextModel.init, text_forms.CLIP, text_rules.CLIP, "text"
         ),
         "text_encoder_2": Component(
             partial(CLIPTextConfig.parse, name="text_encoder_2/config.json"),
             CLIPTextModel.init,
-            "clip",
+            text_forms.CLIP,
             text_rules.CLIP,
             "text",
         ),
-        "unet": Component(UNetConfig.parse, UNet.init, "unet", UNET, "denoiser"),
+        "unet": Component(UNetConfig.parse, UNet.init, unet_forms.UNET, UNET, "denoiser"),
         "vae": Component(
-            AutoencoderKLConfig.parse, AutoencoderKL.init, "vae", vae_rules.AUTOENCODER, "vae"
+            AutoencoderKLConfig.parse,
+            AutoencoderKL.init,
+            vae_forms.AUTOENCODER,
+            vae_rules.AUTOENCODER,
+            "vae",
         ),
     },
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     parse_index=parse_index,
     parse_scheduler=partial(parse_discrete_config, name="scheduler/scheduler_config.json"),
     bind=bind,
-    example=tiny.files,
+    example=partial(read_example, files("eqxdiff.models.sdxl") / "example.json"),
+    files=FILES,
     lora=LORA,
     controlnet=CONTROL_COMPONENT,
     control_config=control_config,

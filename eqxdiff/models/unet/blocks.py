@@ -11,6 +11,8 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._types import PRNGKey
 from ...kernels import attention
 from ...nn import (
+    AbstractConv2d,
+    AbstractLinear,
     Conv2d,
     Downsample2D,
     GroupNorm,
@@ -33,10 +35,10 @@ MLP_RATIO = 4
 class Attention(eqx.Module):
     """Attention of pixels to each other, or to the prompt."""
 
-    to_q: Linear
-    to_k: Linear
-    to_v: Linear
-    to_out: Linear
+    to_q: AbstractLinear
+    to_k: AbstractLinear
+    to_v: AbstractLinear
+    to_out: AbstractLinear
     heads: int = eqx.field(static=True)
 
     @classmethod
@@ -60,10 +62,11 @@ class Attention(eqx.Module):
 
 
 class GatedMLP(eqx.Module):
-    """A linear layer gated by the GELU of another (https://arxiv.org/abs/2002.05202), a third."""
+    """Multiplies one linear map of `x` by the GELU of another, and projects the product
+    (https://arxiv.org/abs/2002.05202). `proj_in` holds the first two maps."""
 
-    proj_in: Linear
-    proj_out: Linear
+    proj_in: AbstractLinear
+    proj_out: AbstractLinear
 
     @classmethod
     def init(cls, dim: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -113,12 +116,12 @@ class TransformerBlock(eqx.Module):
 
 
 class SpatialTransformer(eqx.Module):
-    """Transformer blocks, stacked along a leading axis, on the pixels of an image; with a skip."""
+    """Stacked transformer blocks on the pixels of an image, with a skip around them all."""
 
     norm: GroupNorm
-    proj_in: Linear | Conv2d
+    proj_in: AbstractLinear | AbstractConv2d
     transformer_blocks: TransformerBlock
-    proj_out: Linear | Conv2d
+    proj_out: AbstractLinear | AbstractConv2d
 
     @classmethod
     def init(cls, cfg: UNetConfig, level: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -140,7 +143,7 @@ class SpatialTransformer(eqx.Module):
     ) -> Float[Array, "h w c"]:
         y = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
         attend = lambda block, y: block(y, context)
-        y = fold(self.transformer_blocks, y, attend, remat=remat)
+        y, _ = fold(self.transformer_blocks, y, attend, remat=remat)
         return x + self.proj_out(y.reshape(x.shape))
 
 
@@ -152,7 +155,7 @@ def _resnet(cfg: UNetConfig, in_channels: int, out_channels: int, **kwargs) -> R
 
 
 class DownBlock(eqx.Module):
-    """A level on the way down: residual blocks, each with a transformer after it if any has one."""
+    """A level on the way down: residual blocks, each followed by a transformer or none of them."""
 
     resnets: tuple[ResnetBlock2D, ...]
     attentions: tuple[SpatialTransformer, ...]
@@ -179,7 +182,7 @@ class DownBlock(eqx.Module):
         context: Float[Array, "tokens context_dim"],
         remat: bool,
     ) -> list[Float[Array, "_ _ out"]]:
-        """The output of each layer; the last is that of the level."""
+        """Returns the output of each layer; the last output is the level's."""
         outputs = []
         for resnet, attend in zip_longest(self.resnets, self.attentions):
             x = resnet(x, temb)
@@ -212,8 +215,8 @@ class MidBlock(eqx.Module):
 
 
 class UpBlock(eqx.Module):
-    """A level on the way up: like `DownBlock`, each residual block also taking what one layer on
-    the way down put out."""
+    """A level on the way up: like `DownBlock`, but each residual block also takes the output of one
+    layer on the way down."""
 
     resnets: tuple[ResnetBlock2D, ...]
     attentions: tuple[SpatialTransformer, ...]
@@ -223,7 +226,8 @@ class UpBlock(eqx.Module):
     def init(
         cls, cfg: UNetConfig, level: int, skips: list[int], *, key: PRNGKey, dtype: DTypeLike
     ) -> Self:
-        """`level` counts as on the way down; `skips` are the widths that it takes, last first."""
+        """Makes a random level. `level` counts as on the way down; `skips` are the widths of the
+        outputs that the level takes, the last first."""
         keys = jax.random.split(key, 2 * len(skips) + 1)
         out, before = cfg.block_out_channels[level], cfg.block_out_channels[level + 1 :][:1]
         widths = [*before, *[out] * len(skips)]
@@ -244,8 +248,11 @@ class UpBlock(eqx.Module):
         context: Float[Array, "tokens context_dim"],
         remat: bool,
     ) -> tuple[Float[Array, "_ _ out"], list[Float[Array, "_ _ _"]]]:
-        """The output, of the size of the last skip left, and the skips left: those of its own
-        layers are taken from the end."""
+        """Returns the output and the remaining skips.
+
+        Each residual block takes one skip from the end. The output has the height and width of the
+        last skip that remains.
+        """
         own, skips = skips[-len(self.resnets) :], skips[: -len(self.resnets)]
         for resnet, attend in zip_longest(self.resnets, self.attentions):
             x = resnet(jnp.concatenate([x, own.pop()], axis=-1), temb)

@@ -16,7 +16,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ..._config import parse_config
 from ..._dtypes import at_least_float32
 from ..._types import PRNGKey, Scalar
-from ...nn import Conv2d, EmbeddingMLP, silu
+from ...nn import AbstractConv2d, Conv2d, EmbeddingMLP, silu
 from .blocks import DownBlock, MidBlock
 from .config import IGNORED, SUPPORTED, UNetConfig
 from .network import (
@@ -80,9 +80,9 @@ class ControlNetConfig:
 class ConditioningEmbedding(eqx.Module):
     """An image to the size and width of the UNet's first layer."""
 
-    conv_in: Conv2d
-    blocks: tuple[Conv2d, ...]
-    conv_out: Conv2d
+    conv_in: AbstractConv2d
+    blocks: tuple[AbstractConv2d, ...]
+    conv_out: AbstractConv2d
 
     @classmethod
     def init(cls, cfg: ControlNetConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -107,14 +107,14 @@ class ConditioningEmbedding(eqx.Module):
 class ControlNet(eqx.Module):
     """A noisy latent, a timestep, a prompt and an image to what a UNet's layers shall add."""
 
-    conv_in: Conv2d
+    conv_in: AbstractConv2d
     time_embedding: TimeEmbedding
     add_embedding: EmbeddingMLP | None
     controlnet_cond_embedding: ConditioningEmbedding
     down_blocks: tuple[DownBlock, ...]
     mid_block: MidBlock
-    controlnet_down_blocks: tuple[Conv2d, ...]
-    controlnet_mid_block: Conv2d
+    controlnet_down_blocks: tuple[AbstractConv2d, ...]
+    controlnet_mid_block: AbstractConv2d
     config: ControlNetConfig = eqx.field(static=True)
     remat: bool = eqx.field(static=True, default=False)
 

@@ -26,6 +26,7 @@ from .._family import Component, Configs, control_names
 from .._model import AbstractModel, Inputs, Modules, Recipe
 from .._recipe import guider_of, spread
 from .._settings import check_guided, check_range, check_size, complete, image_step
+from . import forms
 from .config import UNetConfig
 from .controlnet import ControlNet, ControlNetConfig
 from .predictor import Controlled, UNetPredictor, UNetShared
@@ -34,7 +35,7 @@ from .settings import UNetSettings
 
 
 CONTROL_COMPONENT = Component(
-    ControlNetConfig.parse, ControlNet.init, "controlnet", CONTROLNET, "denoiser"
+    ControlNetConfig.parse, ControlNet.init, forms.CONTROLNET, CONTROLNET, "denoiser"
 )
 SCHEDULERS = (
     "DDIMScheduler",

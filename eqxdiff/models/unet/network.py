@@ -4,7 +4,7 @@ Source: https://arxiv.org/abs/2112.10752 and https://arxiv.org/abs/2307.01952; t
 of `UNet2DConditionModel` of diffusers.
 """
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import equinox as eqx
 import jax
@@ -12,22 +12,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from ..._types import PRNGKey, Scalar
-from ...nn import Conv2d, EmbeddingMLP, GroupNorm, Linear, silu, sinusoid
+from ...nn import (
+    AbstractConv2d,
+    AbstractLinear,
+    Conv2d,
+    EmbeddingMLP,
+    GroupNorm,
+    Linear,
+    silu,
+    sinusoid,
+)
 from .blocks import DownBlock, MidBlock, UpBlock
 from .config import UNetConfig
 
 
 def embed(cfg: UNetConfig, t: Scalar, dim: int) -> Float[Array, " dim"]:
-    """The sinusoid of a number, as the config wants it."""
+    """Embeds a number as sines and cosines, by the config's conventions."""
     return sinusoid(t, dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
 
 
 class TimeEmbedding(eqx.Module):
-    """The conditioning vector: an embedded timestep, and guidance scale in distilled models."""
+    """Embeds the timestep, and in distilled models the guidance scale, in one vector."""
 
-    linear_1: Linear
-    cond_proj: Linear | None
-    linear_2: Linear
+    linear_1: AbstractLinear
+    cond_proj: AbstractLinear | None
+    linear_2: AbstractLinear
 
     @classmethod
     def init(cls, cfg: UNetConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -42,12 +51,12 @@ class TimeEmbedding(eqx.Module):
     def __call__(
         self, cfg: UNetConfig, timestep: Scalar, guidance: Scalar | None, dtype: DTypeLike
     ) -> Float[Array, " temb"]:
-        """**Raises:** `ValueError` where guidance is embedded and not given, or the reverse."""
+        """**Raises:** `ValueError` where `guidance` is missing, or given and not embedded."""
         if (guidance is None) != (self.cond_proj is None):
-            raise ValueError("A UNet takes a guidance scale exactly where it embeds one.")
+            raise ValueError("A UNet takes `guidance` if and only if it embeds a guidance scale.")
         t = embed(cfg, timestep, cfg.block_out_channels[0]).astype(dtype)
         if guidance is not None and self.cond_proj is not None:
-            # The convention of https://arxiv.org/abs/2310.04378: a scale of 1 is off, sines first.
+            # As in https://arxiv.org/abs/2310.04378: a scale of 1 is off, and sines come first.
             dim, w = cfg.time_cond_proj_dim or 0, 1000 * (guidance - 1)
             w = sinusoid(w, dim, flip_sin_to_cos=False, freq_shift=1)
             t = t + self.cond_proj(w.astype(dtype))
@@ -55,7 +64,7 @@ class TimeEmbedding(eqx.Module):
 
 
 class AddedConditioning(eqx.Module):
-    """What SDXL knows of the image besides the prompt's tokens.
+    """The conditions that SDXL takes besides the prompt's tokens.
 
     **Fields:**
 
@@ -77,12 +86,13 @@ def embed_time(
     guidance: Scalar | None,
     dtype: DTypeLike,
 ) -> Float[Array, " temb"]:
-    """The conditioning vector of a UNet or ControlNet.
+    """Computes the conditioning vector of a UNet or ControlNet.
 
-    **Raises:** `ValueError` where what the model embeds is not given, or the reverse.
+    **Raises:** `ValueError` where `added` or `guidance` is given to a model that does not embed it,
+    or is missing.
     """
     if (added is None) != (add_embedding is None):
-        raise ValueError("A UNet takes added conditioning exactly where it embeds one.")
+        raise ValueError("A UNet takes `added` if and only if it has an `add_embedding`.")
     temb = time_embedding(cfg, timestep, guidance, dtype)
     if added is not None and add_embedding is not None:
         dim = cfg.addition_time_embed_dim or 0
@@ -93,6 +103,7 @@ def embed_time(
 
 
 def init_added(cfg: UNetConfig, *, key: PRNGKey, dtype: DTypeLike) -> EmbeddingMLP | None:
+    """Makes a random embedder of `AddedConditioning`, where the config asks for one."""
     if cfg.addition_embed_type is None:
         return None
     dim = cfg.projection_class_embeddings_input_dim or 0
@@ -100,7 +111,7 @@ def init_added(cfg: UNetConfig, *, key: PRNGKey, dtype: DTypeLike) -> EmbeddingM
 
 
 def skip_channels(cfg: UNetConfig) -> list[int]:
-    """The width of each layer on the way down, whose output the way up takes."""
+    """Returns the width of each layer on the way down whose output the way up takes."""
     widths = [cfg.block_out_channels[0]]
     for level, width in enumerate(cfg.block_out_channels):
         layers = cfg.layers_per_block + (level < cfg.levels - 1)  # a downsampler is one more
@@ -109,29 +120,42 @@ def skip_channels(cfg: UNetConfig) -> list[int]:
 
 
 class Residuals(eqx.Module):
-    """What a ControlNet adds to a UNet: to each skip, from the first, and to the middle."""
+    """The arrays that a ControlNet adds to a UNet's skips, first to last, and to its middle."""
 
     down: tuple[Float[Array, "_ _ _"], ...]
     mid: Float[Array, "h w c"]
 
 
-class UNet(eqx.Module):
-    """A noisy latent, a timestep and a prompt to what the model was trained to predict."""
+class LevelOutputs(NamedTuple):
+    """What the levels of a UNet put out, before a ControlNet adds to it."""
 
-    conv_in: Conv2d
+    down: tuple[Float[Array, "_ _ _"], ...]
+    """The output of `conv_in` and of each layer on the way down."""
+
+    mid: Float[Array, "h w c"]
+    """The output of the middle level."""
+
+    up: tuple[Float[Array, "_ _ _"], ...]
+    """The output of each level on the way up, the coarsest first."""
+
+
+class UNet(eqx.Module):
+    """Predicts the parameterization's target of a noisy latent, given a timestep and a prompt."""
+
+    conv_in: AbstractConv2d
     time_embedding: TimeEmbedding
     add_embedding: EmbeddingMLP | None
     down_blocks: tuple[DownBlock, ...]
     mid_block: MidBlock
     up_blocks: tuple[UpBlock, ...]
     conv_norm_out: GroupNorm
-    conv_out: Conv2d
+    conv_out: AbstractConv2d
     config: UNetConfig = eqx.field(static=True)
     remat: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def init(cls, cfg: UNetConfig, *, key: PRNGKey, dtype: DTypeLike = jnp.float32) -> Self:
-        """A random UNet; the transformer blocks of a layer are stacked along a leading axis."""
+        """Makes a random UNet; the transformer blocks of a layer are stacked."""
         keys = iter(jax.random.split(key, 2 * cfg.levels + 5))
         width, out, eps = cfg.block_out_channels[0], cfg.out_channels, cfg.norm_eps
         down = lambda level: DownBlock.init(cfg, level, key=next(keys), dtype=dtype)
@@ -160,30 +184,46 @@ class UNet(eqx.Module):
         guidance: Scalar | None = None,
         residuals: Residuals | None = None,
     ) -> Float[Array, "h w out"]:
-        """The prediction at `x`, in the dtype of `x`.
+        """Predicts at `x`, in the dtype of `x`.
 
         **Arguments:**
 
         - `x`: the noisy latent, scaled as the parameterization wants it.
         - `timestep`: in thousandths: 0 is data and 1000 is noise. At least float32.
         - `context`: the prompt's hidden states, in the dtype of `x`.
-        - `added`: where the config has `addition_embed_type`.
-        - `guidance`: the guidance scale that is embedded where the config has
-            `time_cond_proj_dim`.
-        - `residuals`: the sum of those of all ControlNets.
+        - `added`: for a config with `addition_embed_type`.
+        - `guidance`: the guidance scale, for a config with `time_cond_proj_dim`.
+        - `residuals`: the sum of the residuals of all ControlNets.
 
-        **Raises:** `ValueError` where `added` or `guidance` is given to a model without it or
-        missing in one with it.
+        **Raises:** `ValueError` where `added` or `guidance` is given to a model that does not embed
+        it, or is missing.
         """
+        more = {"guidance": guidance, "residuals": residuals}
+        return self.capture(x, timestep, context, added, **more)[0]
+
+    def capture(
+        self,
+        x: Float[Array, "h w channels"],
+        timestep: Scalar,
+        context: Float[Array, "tokens context_dim"],
+        added: AddedConditioning | None = None,
+        *,
+        guidance: Scalar | None = None,
+        residuals: Residuals | None = None,
+    ) -> tuple[Float[Array, "h w out"], LevelOutputs]:
+        """Does what `__call__` does, and also returns what the levels put out."""
         embedders = self.time_embedding, self.add_embedding
         temb = embed_time(self.config, *embedders, timestep, added, guidance, x.dtype)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context, self.remat)
         x = self.mid_block(skips[-1], temb, context, self.remat)
+        down, mid, up = tuple(skips), x, []
         if residuals is not None:
             skips = [skip + y for skip, y in zip(skips, residuals.down, strict=True)]
             x = x + residuals.mid
         for block in self.up_blocks:
             x, skips = block(x, skips, temb, context, self.remat)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+            up.append(x)
+        x = self.conv_out(silu(self.conv_norm_out(x)))
+        return x, LevelOutputs(down, mid, tuple(up))

@@ -13,16 +13,16 @@ from ..schedule import Row, Schedule, X
 StepIndex = Int[Array, ""] | int
 
 Noise = PRNGKey | Float[Array, "steps draws *shape"]
-"""Where a stochastic solver takes its noise from: a key, or the unit noise of all steps itself."""
+"""The source of a stochastic solver's noise: a key, or the unit noise of all steps itself."""
 
 
 class AbstractSolver(eqx.Module):
     """One step along a schedule.
 
-    A solver is stateless: what it remembers between steps is a PyTree of constant structure.
+    A solver has no state of its own: `step` takes and returns a PyTree of constant structure.
 
-    - `requires_key`: the solver draws noise, and `key` must be given.
-    - `evaluations`: calls of the network a step.
+    - `requires_key`: whether the solver draws noise, so that `key` must be given.
+    - `evaluations`: the evaluations of the denoiser in a step, the first included.
     """
 
     requires_key: eqx.AbstractClassVar[bool]
@@ -30,7 +30,7 @@ class AbstractSolver(eqx.Module):
 
     @abc.abstractmethod
     def init(self, x: X, schedule: Schedule) -> PyTree:
-        """The state before the first step."""
+        """Returns the state before the first step."""
 
     @abc.abstractmethod
     def step(
@@ -43,36 +43,36 @@ class AbstractSolver(eqx.Module):
         index: StepIndex,
         key: Noise | None,
     ) -> tuple[X, PyTree]:
-        """From row `index` to row `index + 1`.
+        """Goes from row `index` to row `index + 1`.
 
         **Arguments:**
 
         - `denoise`: `(x, row) -> x0`, for further evaluations within the step.
         - `x`: the noisy data at row `index`, in float32 or float64.
         - `x0`: the denoised data at row `index`.
-        - `state`: what the step before, or `init`, returned.
+        - `state`: the state that the step before, or `init`, returned.
         - `schedule`: the rows.
-        - `index`: which step; it may be traced.
-        - `key`: where noise comes from. Step `index` draws with `jax.random.fold_in(key, index)`.
+        - `index`: the number of the step; it may be traced.
+        - `key`: the source of noise. Step `index` draws with `jax.random.fold_in(key, index)`.
 
         **Returns:** the noisy data at row `index + 1` and the next state.
         """
 
 
 def transfer(x: X, x0: X, row: Row, to: Row) -> X:
-    """From `row` to `to` along the trajectory on which x0 is constant.
+    """Goes from `row` to `to` along the trajectory on which x0 is constant.
 
-    That is one step of Euler's method and of DDIM in any of the variables that they are written in,
-    and every other solver is this and a correction. Neither alpha 0 in `row` nor sigma 0 in
-    `to` is a special case.
+    This is one step of Euler's method and of DDIM, in every variable that they are written in. All
+    other solvers add a correction to it. Neither alpha 0 in `row` nor sigma 0 in `to` is a special
+    case.
     """
     ratio = to.sigma / row.sigma
     return ratio * x + (to.alpha - ratio * row.alpha) * x0
 
 
 def ancestral(x: X, x0: X, row: Row, to: Row, noise: X, eta: Float[Array, ""] | float = 1.0) -> X:
-    """From `row` to `to` with the noise renewed in part: by as much as the reverse of the diffusion
-    does for `eta` 1, and not at all, which is `transfer`, for 0.
+    """Goes from `row` to `to` and renews a part of the noise: with `eta` 1 as much as the
+    reverse of the diffusion does, and with 0 none, which is `transfer`.
 
     Source: https://arxiv.org/abs/2010.02502, equations 12 and 16.
     """
@@ -83,8 +83,11 @@ def ancestral(x: X, x0: X, row: Row, to: Row, noise: X, eta: Float[Array, ""] | 
 
 
 def log_ratio(row: Row) -> Float[Array, ""]:
-    """`log(alpha / sigma)`, half the logarithm of the signal to noise ratio: the time in which
-    exponential integrators step. Minus or plus infinity at the ends, with no NaN in gradients."""
+    """Returns `log(alpha / sigma)`, half the logarithm of the signal to noise ratio.
+
+    Exponential integrators step in this time. It is minus or plus infinity at the ends, and
+    gradients have no NaN there.
+    """
 
     def log(v):
         return jnp.where(v > 0, jnp.log(jnp.where(v > 0, v, 1)), -jnp.inf)
@@ -93,14 +96,14 @@ def log_ratio(row: Row) -> Float[Array, ""]:
 
 
 def before(schedule: Schedule, index: StepIndex, steps: int = 1) -> Row:
-    """The row `steps` steps ago, or the first."""
+    """Returns the row `steps` steps ago, or the first row."""
     return schedule[jnp.maximum(index - steps, 0)]
 
 
 def gaussian(key: Noise | None, index: StepIndex, x: X, draw: int = 0) -> X:
-    """The unit noise number `draw` of step `index`, of the shape and dtype of `x`.
+    """Returns the unit noise number `draw` of step `index`, of the shape and dtype of `x`.
 
-    It is drawn in float32, so that a float64 run sees the same noise.
+    The noise is drawn in float32, so that a float64 run sees the same noise.
     """
     if key is None:
         raise ValueError("A stochastic solver needs a key.")

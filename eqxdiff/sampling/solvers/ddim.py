@@ -8,9 +8,8 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaus
 class DDIM(AbstractSolver):
     """Denoising diffusion implicit models without noise: straight to the next row.
 
-    diffusers' DDIMScheduler aims at the timestep `1000 // steps` below each. With trailing or
-    linspace spacing and a number of steps that does not divide 1000, that is not the timestep that
-    it tells the network next; here the noise level is always the one that the network is told.
+    diffusers' DDIMScheduler ends each step at the timestep `1000 // steps` below, which is not
+    always the timestep that it gives the network next; see `discrete_schedule`.
 
     Source: https://arxiv.org/abs/2010.02502; diffusers' DDIMScheduler.
     """
@@ -36,7 +35,7 @@ class DDIM(AbstractSolver):
 
 
 class StochasticDDIM(AbstractSolver):
-    """DDIM with new noise for a share of what the reverse of the diffusion would renew.
+    """DDIM that renews a share of the noise that the reverse of the diffusion would renew.
 
     **Arguments:**
 

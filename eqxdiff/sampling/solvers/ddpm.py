@@ -7,7 +7,7 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaus
 class DDPM(AbstractSolver):
     """Ancestral sampling: each step draws from the posterior given the denoised data.
 
-    The variance is the smaller of the two of the paper ("fixed_small").
+    The variance is the smaller one of the paper's two ("fixed_small").
 
     Source: https://arxiv.org/abs/2006.11239, algorithm 2 and equation 7; diffusers' DDPMScheduler.
     """

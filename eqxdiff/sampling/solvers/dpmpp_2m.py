@@ -39,7 +39,8 @@ class DPMpp2M(AbstractSolver):
 
 
 def second_order(schedule: Schedule, index: StepIndex) -> Bool[Array, ""] | bool:
-    """Whether the step looks back, as the first does not, nor the last into no noise."""
+    """Returns whether a step uses the step before. The first step does not, nor does the last where
+    it ends at no noise or there are fewer than 15."""
     last = index == schedule.steps - 1
     return (index > 0) & ~(last & ((schedule[-1].sigma == 0) | (schedule.steps < 15)))
 
@@ -47,7 +48,8 @@ def second_order(schedule: Schedule, index: StepIndex) -> Bool[Array, ""] | bool
 def extrapolate(
     x0: X, past_x0: X, schedule: Schedule, index: StepIndex, second: Bool[Array, ""] | bool
 ) -> X:
-    """The denoised data half way through a step, on the line through this one's and the last's."""
+    """Returns the denoised data half way through a step, on the line through the denoised data of
+    this step and of the step before."""
     rows = before(schedule, index), schedule[index], schedule[index + 1]
     past, now, to = (log_ratio(row.astype(x0.dtype)) for row in rows)
     weight = jnp.where(second, to - now, 0) / jnp.where(second, now - past, 1) / 2

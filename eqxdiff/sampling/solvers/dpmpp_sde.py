@@ -10,8 +10,8 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaus
 class DPMppSDE(AbstractSolver):
     """DPM-Solver++(S) for the stochastic equation: each step denoises again at its middle.
 
-    The noise of half a step and of the whole step are those of one Brownian path in sigma / alpha,
-    drawn as two independent halves. A step to no noise is Euler's.
+    The noises of half a step and of the whole step belong to one Brownian path in sigma / alpha,
+    which is drawn as two independent halves. A step to no noise is Euler's.
 
     Source: k-diffusion's sample_dpmpp_sde; diffusers' DPMSolverSDEScheduler.
     """

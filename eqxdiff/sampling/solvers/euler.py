@@ -5,7 +5,7 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 
 
 class Euler(AbstractSolver):
-    """Euler's method; for flows and for exploding, preserving rows alike, being DDIM without noise.
+    """Euler's method, which is DDIM without noise, on the rows of flows and DDPMs alike.
 
     Source: https://arxiv.org/abs/2206.00364, algorithm 1 without the second half; diffusers'
     EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler.

@@ -5,10 +5,10 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, ancestral, gaus
 
 
 class EulerAncestral(AbstractSolver):
-    """Euler's method to less noise than the next row's, then new noise up to it.
+    """Euler's method to less noise than the next row has, then new noise up to the next row.
 
-    Written for exploding rows, it is the posterior of DDPM on preserving ones; what distinguishes
-    the two are the levels that their schedules go through.
+    On preserving rows this is the posterior of DDPM. The two samplers differ only in the levels of
+    their schedules.
 
     Source: k-diffusion's sample_euler_ancestral; diffusers' EulerAncestralDiscreteScheduler.
     """

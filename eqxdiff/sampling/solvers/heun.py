@@ -11,10 +11,9 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 class Heun(AbstractSolver):
     """Heun's method: an Euler step, then the mean of the slopes at both ends.
 
-    The slope belongs to a variable: to `x / alpha` as a function of `sigma / alpha`, or, with
-    `straight`, to `x / (alpha + sigma)` as a function of `sigma / (alpha + sigma)`, which is the
-    one for flows. A step that ends at sigma 0 stays Euler's, and so does one from alpha 0 where the
-    variable is not straight.
+    The slope is that of `x / alpha` in `sigma / alpha`, or with `straight` of `x / (alpha + sigma)`
+    in `sigma / (alpha + sigma)`, which is the variable for flows. A step that ends at sigma 0 is an
+    Euler step. A step from alpha 0 is one, too, unless the variable is straight.
 
     Source: https://arxiv.org/abs/2206.00364, algorithm 1; diffusers' HeunDiscreteScheduler and
     FlowMatchHeunDiscreteScheduler.

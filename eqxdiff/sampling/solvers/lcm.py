@@ -7,8 +7,8 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, gaussian
 class LCM(AbstractSolver):
     """Latent consistency sampling: all the way to the data, then new noise up to the next row.
 
-    It is for models distilled to be consistent. The data is the network's, joined at timestep 0 to
-    x itself by the distillation's boundary condition (sigma_data 0.5, timesteps scaled by 10).
+    It is for models distilled to be consistent. The boundary condition of the distillation mixes x
+    itself into the denoised data near timestep 0 (sigma_data 0.5, timesteps scaled by 10).
 
     Source: https://arxiv.org/abs/2310.04378, section 4; diffusers' LCMScheduler.
     """

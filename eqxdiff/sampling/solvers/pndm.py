@@ -12,18 +12,20 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, transfer
 _ADAMS_BASHFORTH = np.array(
     [[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]],
 )
-"""For each number of noises known before: the weights of all, the newest first, in 24ths."""
+"""One row for each number of noises known before: the weights, the newest first, in 24ths."""
 
 
 class PNDM(AbstractSolver):
     """Pseudo linear multistep (PLMS): Adams and Bashforth's formulas for the predicted noise.
 
-    The first step denoises twice and takes the mean. The state is the three noises before, the
-    newest first.
+    The first step denoises twice and takes the mean. The state is the noises of the three steps
+    before, the newest first.
 
-    diffusers' PNDMScheduler applies the formulas to a v-prediction itself where a model makes one;
-    here they are applied to the noise always, as in the paper. Its start by Runge and Kutta's
-    method (`skip_prk_steps=False`) is not offered: no published latent model uses it.
+    Where a model predicts v, diffusers' PNDMScheduler applies the formulas to v, which makes them
+    of first order. Here they apply to the noise for every model, as in the paper, and are of second
+    order. diffusers also steps to other levels with linspace and trailing spacing; see
+    `discrete_schedule`. A start by Runge and Kutta's method (`skip_prk_steps=False`) is not
+    offered: no published latent model uses it.
 
     Source: https://arxiv.org/abs/2202.09778, equation 12; diffusers' PNDMScheduler.
     """

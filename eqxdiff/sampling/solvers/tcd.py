@@ -9,8 +9,8 @@ from ._base import AbstractSolver, Denoise, Noise, StepIndex, X, gaussian, trans
 class TCD(AbstractSolver):
     """Trajectory consistency sampling: to the row within the step, then noise up to the next.
 
-    It is for models distilled to be consistent along the trajectory. The stochasticity gamma is in
-    the schedule: the lower the rows within the steps, the more noise is new.
+    It is for models distilled to be consistent along the trajectory. The schedule holds the
+    stochasticity gamma: the lower the rows within the steps are, the more noise is new.
 
     Source: https://arxiv.org/abs/2402.19159, algorithm 4; diffusers' TCDScheduler, whose `eta` is
     gamma.

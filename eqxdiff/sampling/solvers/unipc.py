@@ -9,9 +9,9 @@ from .dpmpp_2m import extrapolate
 
 
 class UniPC(AbstractSolver):
-    """UniPC-2: DPM-Solver++(2M), and each step corrected by what the next one sees.
+    """UniPC-2: DPM-Solver++(2M), with each step corrected by the evaluation of the next step.
 
-    The correction takes no call of the network of its own. The state is x before the last step, x
+    The correction needs no evaluation of its own. The state is x before the last step, x
     after it, and the denoised data of the last two steps.
 
     A change that a hook makes to x between steps is kept. diffusers corrects from the x before the
@@ -60,9 +60,9 @@ class UniPC(AbstractSolver):
 
 
 def _moments(h: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The means of u and of u**2 for the density proportional to `exp(h u)` on [0, 1].
+    """Returns the means of u and of u**2 for the density proportional to `exp(h u)` on [0, 1].
 
-    For small h by the series of the cumulants, where the closed form loses its digits.
+    For small h, where the closed form loses its digits, it uses the series of the cumulants.
     """
     small = h < 0.5
     near, far = jnp.where(small, h, 0), jnp.where(small, 1, h)
