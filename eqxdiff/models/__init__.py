@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         GuidedSettings as GuidedSettings,
         SampledSettings as SampledSettings,
         Settings as Settings,
+        TiledSettings as TiledSettings,
         applied as applied,
         check_guided as check_guided,
         check_range as check_range,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         declarations as declarations,
         image_step as image_step,
         setting as setting,
+        tiles as tiles,
     )
 
 
@@ -87,6 +89,7 @@ _HOMES = {
         "GuidedSettings",
         "SampledSettings",
         "Settings",
+        "TiledSettings",
         "applied",
         "check_guided",
         "check_range",
@@ -95,6 +98,7 @@ _HOMES = {
         "declarations",
         "image_step",
         "setting",
+        "tiles",
     ),
     "_recipe": ("guider_of", "spread"),
     "_registry": (
