@@ -19,6 +19,7 @@ from eqxdiff import EqxdiffError
 
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
+from .helptext import documented
 from .inspect import inspect
 from .lora import app as lora
 from .tables import models, samplers
@@ -34,11 +35,11 @@ app = typer.Typer(
 )
 app.command(help=HELP)(generate)
 for command in (convert, inspect, models, samplers, train, random):
-    app.command()(command)
+    app.command()(documented(command))
 app.add_typer(lora, name="lora")
 
 UsageError: Any = typer.BadParameter.__base__
-"""Of the click that this version of Typer brings along or depends on."""
+"""The class of the click that this version of Typer contains or depends on."""
 
 OUT_OF_MEMORY = (
     "There is too little memory for this: try --offload text, --dtype bfloat16, a smaller "
@@ -46,14 +47,14 @@ OUT_OF_MEMORY = (
 )
 
 NAMED = re.compile(r"`([a-z][a-z0-9_]*)`")
-"""An argument in an error of the library."""
+"""The name of an argument in an error of the library."""
 
-FLAGS = {"controls": "--control", "loras": "--lora", "control_scale": "--control"}
+OTHERWISE = {"controls": "control", "control_scale": "control", "loras": "lora"}
 """Arguments of the library whose options have other names."""
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Like `KeyboardInterrupt` it passes through `except Exception`."""
+    """SIGTERM has come. Like `KeyboardInterrupt` it passes through `except Exception`."""
 
 
 def _version(wanted: bool) -> bool:
@@ -76,8 +77,8 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
-    What the user can mend is one sentence on stderr, without a traceback: status 1, or 2 where the
-    command line itself is wrong. 130 and 143 stand for Ctrl-C and SIGTERM.
+    An error that the user can mend is one sentence on stderr, without a traceback: its status is 1,
+    or 2 where the command line itself is wrong. 130 and 143 stand for Ctrl-C and SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in argv
@@ -101,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _fail(f"{error.filename}: {error.strerror}.", 1, as_json)
-        sys.stdout = open(os.devnull, "w")  # which is what could not be written
+        sys.stdout = open(os.devnull, "w")  # stdout could not be written
         if error.errno == errno.EPIPE:
-            return 141  # whoever read it has gone: there is nobody to tell
+            return 141  # the reader has gone: there is nobody to tell
         return _fail(f"{error.strerror or error}.", 1, as_json)
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _program(argv: Sequence[str]) -> Any:
-    """Returns the program. The options of `generate` are known where it is what is called."""
+    """Returns the program. It knows the options of `generate` where `generate` is called."""
     program = typer.main.get_command(app)
     if argv[:1] == ["generate"]:
         single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -124,22 +125,21 @@ def _program(argv: Sequence[str]) -> Any:
 
 
 def flagged(message: str, argv: Sequence[str]) -> str:
-    """Writes the arguments that an error of the library names as options of the command line."""
-    options = {option.strip("-").replace("-", "_"): option for option in _options_of(argv)}
+    """Replaces names of arguments, in backquotes, by options of the command that is called.
 
-    def flag(match: re.Match[str]) -> str:
-        name = match[1]
-        return FLAGS.get(name) or options.get(name) or match[0]
-
-    return NAMED.sub(flag, message)
-
-
-def _options_of(argv: Sequence[str]) -> list[str]:
-    """Lists the options of the command that is called."""
+    Other words in backquotes stay as they are.
+    """
     command = _program(argv)
     for word in argv:
         command = getattr(command, "commands", {}).get(word, command)
-    return [name for parameter in command.params for name in parameter.opts]
+    options = {option for parameter in command.params for option in parameter.opts}
+
+    def flag(match: re.Match[str]) -> str:
+        name = OTHERWISE.get(match[1], match[1])
+        option = f"--{name.replace('_', '-')}"
+        return option if option in options else match[0]
+
+    return NAMED.sub(flag, message)
 
 
 def _fail(message: str, status: int, as_json: bool) -> int:
@@ -152,7 +152,7 @@ def _fail(message: str, status: int, as_json: bool) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """So that what is being written is removed, as it is on Ctrl-C."""
+    """Raises `Terminated` on SIGTERM, so that unfinished files are removed as on Ctrl-C."""
 
     def end(*_: object) -> None:
         raise Terminated

@@ -22,7 +22,7 @@ def check_suffix(option: str, path: Path) -> None:
 
 
 def read_noise(path: Path) -> np.ndarray:
-    """The one array of a file, floating point numbers as float32.
+    """Reads the one array of a file of floating point numbers, as float32.
 
     **Raises:** `SourceError`; `CheckpointError` where the file is damaged or holds several arrays.
     """
@@ -58,7 +58,7 @@ def _read_safetensors(path: Path) -> np.ndarray:
 
 
 def encode_latents(path: Path, latents: np.ndarray) -> bytes:
-    """The bytes of a file of latents, of the format that its name says."""
+    """Returns the bytes of a file of latents, in the format that the file's name says."""
     if path.suffix.lower() == ".safetensors":
         return save({"latents": np.ascontiguousarray(latents)})
     buffer = io.BytesIO()
@@ -67,5 +67,5 @@ def encode_latents(path: Path, latents: np.ndarray) -> bytes:
 
 
 def digest(array: np.ndarray) -> str:
-    """The SHA-256 of an array's numbers, in hex."""
+    """Returns the SHA-256 of an array's numbers, in hex."""
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

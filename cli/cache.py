@@ -1,4 +1,4 @@
-"""The compilation cache, and what compiling costs."""
+"""The cache of compiled programs, and the time that compiling takes."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ HIT = "/jax/compilation_cache/cache_hits"
 
 
 def default_folder() -> Path | None:
-    """The user's own, if there is a home."""
+    """Returns the user's own folder, or `None` where the user has no home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(base or Path.home() / ".cache") / "eqxdiff" / "xla"
@@ -30,12 +30,11 @@ def default_folder() -> Path | None:
 
 @contextlib.contextmanager
 def compile_cache(folder: Path | None) -> Iterator[Path | None]:
-    """Keeps compiled programs in a folder, by default the user's, for the next process.
+    """Keeps compiled programs for the next process: in `folder`, else in JAX's, else in the user's.
 
-    A folder that JAX is configured to use already stays. Yields the folder, or `None` where there
-    is no cache.
+    Yields the folder, or `None` where no folder can be used.
 
-    **Raises:** `OutputError` where a folder was asked for and cannot be written.
+    **Raises:** `OutputError` where `folder` is given and cannot be written.
     """
     chosen = folder or _configured()["jax_compilation_cache_dir"] or default_folder()
     try:
@@ -53,11 +52,11 @@ def compile_cache(folder: Path | None) -> Iterator[Path | None]:
         yield None
         return
     before = _configured()
-    # Small programs too: together they take as long as a large one.
+    # Small programs are kept too: together they take as long as a large one.
     _configure(dict(zip(before, (str(chosen), 0.0, -1), strict=True)))
     try:
         with warnings.catch_warnings():
-            # Of a damaged entry: it is compiled anew.
+            # A damaged entry is compiled anew, and its warning says nothing to a user.
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation")
             yield Path(chosen)
     finally:
@@ -76,14 +75,14 @@ def _configured() -> dict[str, Any]:
 def _configure(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # otherwise the first folder of the process stays
+    compilation_cache.reset_cache()  # or else the first folder of the process stays
 
 
 class CompileMeter:
-    """Counts and times the compilations of its `with` block.
+    """Counts and times the compilations in its `with` block.
 
-    - `programs`: how many were compiled, those found in the cache included.
-    - `hits`: how many were found in the cache.
+    - `programs`: the number of programs that were compiled or found in the cache.
+    - `hits`: the number of programs that were found in the cache.
     """
 
     def __init__(self) -> None:
@@ -110,7 +109,7 @@ class CompileMeter:
 
     @property
     def seconds(self) -> float:
-        """The time in which anything was traced or compiled; one function traces another."""
+        """Returns the time in which anything was traced or compiled, overlaps counted once."""
         total, end = 0.0, 0.0
         for start, stop in sorted(self._spans):
             total += max(stop - max(start, end), 0.0)
@@ -119,7 +118,7 @@ class CompileMeter:
 
 
 class Clock:
-    """Seconds by what they were spent on, without those of compiling."""
+    """Seconds by the work that they were spent on, without the seconds of compiling."""
 
     def __init__(self, meter: CompileMeter):
         self._meter = meter

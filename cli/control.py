@@ -1,4 +1,4 @@
-"""`--control canny=photo.png@0.5:0-0.8`."""
+"""The option `--control canny=photo.png@0.5:0-0.8`."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ STRENGTH = re.compile(r"@(\d*\.?\d+)(?::(\d*\.?\d+)-(\d*\.?\d+))?$")
 
 @dataclasses.dataclass(frozen=True)
 class ControlOption:
-    """A ControlNet by name, repository or folder, and the picture that it reads."""
+    """A ControlNet by name, repository or folder, the picture that it reads, and its strength."""
 
     net: str
     image: Path
@@ -49,7 +49,7 @@ class ControlOption:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedControls:
-    """The pictures as the ControlNets read them, and what is recorded of them."""
+    """The pictures as the ControlNets read them, and the facts that are recorded about them."""
 
     images: tuple[ControlImage, ...]
     record: list[dict[str, Any]]
@@ -58,11 +58,12 @@ class OpenedControls:
 def open_controls(
     options: Sequence[ControlOption], *, guess: bool, as_is: bool, report: AbstractReport
 ) -> OpenedControls:
-    """Reads the pictures, and finds edges in a photograph that is meant for a canny ControlNet.
+    """Reads the pictures, and finds the edges in a photograph for a canny ControlNet.
 
     **Arguments:**
 
-    - `as_is`: prepare nothing.
+    - `guess`: as of `ControlImage`.
+    - `as_is`: whether photographs stay as they are.
 
     **Raises:** `SourceError` where a picture cannot be read.
     """
@@ -75,7 +76,7 @@ def open_controls(
             pixels, prepared = make(pixels), option.net
             report.note(
                 "control",
-                f"{option.image}: {option.net} was applied; --control-as-is leaves it away",
+                f"{option.image}: {option.net} was applied; --control-as-is keeps the picture",
                 image=str(option.image),
             )
         images.append(ControlImage(pixels, option.scale, option.start, option.end, guess))

@@ -17,40 +17,67 @@ def convert(
     source: Annotated[
         str, Argument(metavar="SRC", help="A file, folder, Hub repository or REPOSITORY:FILE.")
     ],
-    target: Annotated[Path, Argument(metavar="DST", help="A folder or file, not there yet.")],
+    target: Annotated[
+        Path, Argument(metavar="DST", help="The folder or file to write; it must not exist.")
+    ],
     to: Annotated[
         Layout | None,
-        Option(help="By default a single file where DST ends in .safetensors, else a folder."),
+        Option(
+            help="Write this layout.",
+            show_default="single-file where DST ends in .safetensors, else diffusers",
+        ),
     ] = None,
-    dtype: Annotated[Dtype | None, Option(help="Of the weights; by default as they are.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        Option(help="Write the weights in this type.", show_default="each tensor's own"),
+    ] = None,
     model: Annotated[
-        str | None, Option(help="Such as sd21-base, where the file does not tell.")
+        str | None,
+        Option(
+            help="The name of the model, such as sd21-base.",
+            metavar="NAME",
+            show_default="as the header tells",
+        ),
     ] = None,
     configs: Annotated[
         str | None,
-        Option(help="A folder or repository with the configs of a single file; or the model's."),
+        Option(
+            help="Take the configs of a single file from this folder or repository.",
+            metavar="SPEC",
+            show_default="the model's own repository",
+        ),
     ] = None,
     complete: Annotated[
-        bool, Option("--complete", help="Take components that SRC lacks from there, too.")
+        bool,
+        Option(
+            "--complete", help="Take the components that SRC lacks from the place of the configs."
+        ),
     ] = False,
     only: Annotated[
-        str | None, Option(help="Write one component to the single file, such as transformer.")
+        str | None,
+        Option(
+            help="Write only this component, such as transformer, to the single file.",
+            metavar="NAME",
+            show_default="all components",
+        ),
     ] = None,
     pickle: Annotated[
         bool,
-        Option("--pickle", help="Read the tensors of a pickle (.ckpt, .bin), and nothing else."),
+        Option("--pickle", help="Allow pickles (.ckpt, .bin): only their tensors are read."),
     ] = False,
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of SRC.")] = None,
+    revision: Annotated[
+        str | None,
+        Option(help="Use this branch, tag or commit of SRC.", metavar="NAME", show_default="main"),
+    ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Check everything and tell what would be written.")
+        bool, Option("--dry-run", help="Check everything and list the files, but write nothing.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, Option("--quiet", help="Print no progress.")] = False,
 ) -> None:
     """Converts a checkpoint of any layout to a diffusers folder or to the original single file.
 
-    What is written appears when it is complete. A folder that was interrupted is gone on with when
-    the command is run again.
+    DST appears when it is complete. Run an interrupted command again to resume writing a folder.
     """
     from eqxdiff import SettingError
     from eqxdiff.convert import (
@@ -106,7 +133,7 @@ def convert(
 
 
 def notes(checkpoint: Any, model: str | None) -> list[str]:
-    """What the user should know of what was taken for granted."""
+    """Tells the user what the conversion took for granted."""
     texts = [f"{checkpoint.name} holds {checkpoint.model}"]
     if model is None and checkpoint.alike:
         texts[0] += f", or one that looks the same: {', '.join(checkpoint.alike)} (--model)"

@@ -1,4 +1,4 @@
-"""`eqxdiff generate`: its options are made when it is called, and `job` does what it does."""
+"""The command `eqxdiff generate`: it makes its options when it is called, and runs `job`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ HELP = "Makes pictures from prompts."
 
 
 def generate() -> None:
-    """Stands for `eqxdiff generate` where its options need not be known."""
+    """Stands for the command where another one is called, so that no options need be made."""
 
 
 def command() -> Callable[..., None]:

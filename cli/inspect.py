@@ -1,4 +1,4 @@
-"""The command that tells what a checkpoint holds."""
+"""The command that lists what a checkpoint holds."""
 
 import dataclasses
 import json
@@ -17,11 +17,20 @@ def inspect(
     source: Annotated[
         str, Argument(metavar="SRC", help="A file, folder, Hub repository or REPOSITORY:FILE.")
     ],
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a repository.")] = None,
-    pickle: Annotated[bool, Option("--pickle", help="Look into a pickle, too.")] = False,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    revision: Annotated[
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
+    ] = None,
+    pickle: Annotated[
+        bool, Option("--pickle", help="Allow pickles: only their tensors are read.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tells what a checkpoint holds, by its headers: of files on the Hub only these are fetched."""
+    """Lists what a checkpoint holds. Of files on the Hub only the headers are fetched."""
     from eqxdiff.convert.inspect import inspect as look
 
     portrait = look(source, revision=revision, pickle=pickle)

@@ -1,4 +1,4 @@
-"""What `eqxdiff generate` does, stage by stage. What can go wrong early is tried early."""
+"""Runs `eqxdiff generate`, stage by stage. It finds a user's mistakes before it loads weights."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eqxdiff import SettingError
+from eqxdiff import SettingError, SourceError
 from eqxdiff.models import applied, check_range, find_model
 from eqxdiff.pictures import read_picture
 from eqxdiff.pipeline import (
@@ -41,7 +41,8 @@ from .prompts import collect_prompts
 def run(order: Order, report: AbstractReport) -> None:
     """Makes the pictures, and writes each as soon as its batch is done.
 
-    **Raises:** `EqxdiffError` for whatever the user can mend. The pictures written until then stay.
+    **Raises:** `EqxdiffError` for a mistake that the user can mend. Pictures that are written by
+    then stay.
     """
     find_model(order.model)
     options = [ControlOption.parse(text) for text in order.control or ()]
@@ -136,7 +137,7 @@ def run(order: Order, report: AbstractReport) -> None:
 
 
 def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
-    """Reads all of the model but its weights."""
+    """Opens the model that the options name, without reading its weights."""
     return open_model(
         order.model,
         order.weights,
@@ -155,30 +156,39 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
 
 def open_pictures(order: Order) -> dict[str, Any]:
     """Reads the input picture and its mask, where they are given. **Raises:** `SourceError`."""
-    files: dict[str, Path | None] = {"image": order.image, "mask": order.mask}
-    return {name: read_picture(path) for name, path in files.items() if path is not None}
+    pictures = {}
+    for name, path in picture_files(order).items():
+        try:
+            pictures[name] = read_picture(path, name)
+        except SourceError as error:
+            raise SourceError(f"`{name}`: {error}") from None
+    return pictures
+
+
+def picture_files(order: Order) -> dict[str, Path]:
+    """Returns the files of the input picture and its mask, by the names of their options."""
+    files = {"image": order.image, "mask": order.mask}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def input_record(
     order: Order, pictures: dict[str, Any], controls: OpenedControls
 ) -> dict[str, Any]:
-    """Returns what a picture tells of its input pictures, by the names of their options."""
-    files: dict[str, Path | None] = {"image": order.image, "mask": order.mask}
+    """Returns the facts about the input pictures that are recorded, by the names of options."""
     record: dict[str, Any] = {
         name: {
             "file": path.name,
             "sha256": hashlib.sha256(np.asarray(pictures[name]).tobytes()).hexdigest(),
         }
-        for name, path in files.items()
-        if path is not None
+        for name, path in picture_files(order).items()
     }
-    crop = {"mask_blur": order.mask_blur, "mask_crop": order.mask_crop}
-    record |= {name: value for name, value in crop.items() if value}
-    return {**record, "controls": controls.record}
+    crop = {"mask_blur": order.mask_blur or None, "mask_crop": order.mask_crop}
+    record |= {name: value for name, value in crop.items() if value is not None}
+    return record | ({"controls": controls.record} if controls.record else {})
 
 
 def tell(blueprint: Blueprint, jobs: Sequence[Job], report: AbstractReport) -> None:
-    """Reports what a user should know before the pictures are made."""
+    """Reports cut prompts, replaced parts and applied LoRAs before the pictures are made."""
     for cut in cuts(jobs):
         facts = dataclasses.asdict(cut)
         report.note("warning", str(cut), encoder=facts["encoder"], dropped=facts["dropped"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from .helptext import documented
 from .tables import table
 
 
@@ -27,10 +28,16 @@ MOST_TARGETS = 40
 
 
 @app.command()
+@documented
 def inspect(
     file: Annotated[str, Argument(help="A file, a repository or REPOSITORY:FILE.")],
     revision: Annotated[
-        str | None, Option(help="A branch, tag or commit of the repository.")
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON, with every target.")] = False,
 ) -> None:
@@ -95,24 +102,40 @@ def describe(adapter: "Adapter") -> dict[str, Any]:
 
 
 @app.command()
+@documented
 def merge(
     model: Annotated[str, Argument(help="The model, such as sdxl; `eqxdiff models` lists them.")],
     output: Annotated[Path, Argument(help="A folder that does not exist yet.")],
     lora: Annotated[
         list[str],
-        Option("--lora", help="SPEC[@SCALE], as for `eqxdiff generate --lora`. May be repeated."),
+        Option(
+            "--lora",
+            metavar="SPEC@SCALE",
+            help="Merge a LoRA, as for `eqxdiff generate --lora`. May be repeated.",
+        ),
     ],
     lora_partial: Annotated[
         bool, Option("--lora-partial", help="Accept LoRAs with tensors that do not fit the model.")
     ] = False,
     weights: Annotated[
-        str | None, Option(help="A folder in the diffusers layout, or a Hub repository.")
+        str | None,
+        Option(
+            help="Read the weights from a folder in the diffusers layout or a Hub repository.",
+            metavar="SPEC",
+            show_default="the model's own",
+        ),
     ] = None,
     revision: Annotated[
-        str | None, Option(help="A branch, tag or commit of the repository.")
+        str | None,
+        Option(
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            show_default="main",
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, Option(help="The dtype of the weights, by default the checkpoint's.")
+        Dtype | None,
+        Option(help="Write the weights in this type.", show_default="the checkpoint's"),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -143,13 +166,14 @@ def merge(
 
 
 @app.command()
+@documented
 def extract(
     model: Annotated[str, Argument(help="The model that both are, such as sdxl.")],
     base: Annotated[str, Argument(help="A folder in the diffusers layout, or a repository.")],
     tuned: Annotated[str, Argument(help="The model made from it: a folder or a repository.")],
     output: Annotated[Path, Argument(help="A .safetensors file that does not exist yet.")],
     rank: Annotated[int, Option(help="The rank of each matrix, at most.")] = 32,
-    dtype: Annotated[Dtype, Option(help="The dtype of the tensors.")] = "float16",
+    dtype: Annotated[Dtype, Option(help="Write the tensors in this type.")] = "float16",
     text: Annotated[bool, Option("--text", help="Include the text encoders.")] = False,
     linear_only: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""`--mesh data=4,fsdp=2`."""
+"""The option `--mesh data=4,fsdp=2`, and the batch size that a mesh allows."""
 
 import math
 import re
@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def parse_mesh(text: str | None) -> Mesh | None:
-    """The devices to spread over. **Raises:** `SettingError`."""
+    """Makes the mesh of devices that the option asks for. **Raises:** `SettingError`."""
     if text is None:
         return None
     pairs = [re.fullmatch(r"(\w+)=([1-9]\d{0,5})", part.strip()) for part in text.split(",")]
@@ -31,7 +31,7 @@ def parse_mesh(text: str | None) -> Mesh | None:
 
 
 def batch_size_for(mesh: Mesh | None, wanted: int | None) -> int:
-    """How many images a compiled call makes: one by default, or one for each share of the mesh.
+    """Returns the number of pictures of a batch, by default one for each share of the mesh.
 
     **Raises:** `SettingError` where the mesh cannot split the batch.
     """

@@ -14,8 +14,9 @@ LoraMode = Literal["merge", "runtime"]
 Stage = Literal["text"]
 
 
-def _option(panel: str, *flags: str, **more: Any) -> Any:
-    return Option(*flags, rich_help_panel=panel, **{"show_default": True, **more})
+def _option(panel: str, *flags: str, default: str | None = None, **more: Any) -> Any:
+    """Makes an option. `default` says in words what holds where the option is not given."""
+    return Option(*flags, rich_help_panel=panel, show_default=default or True, **more)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,24 +27,26 @@ class Order:
     it derives from the models.
     """
 
-    model: Annotated[str, Argument(help="The model: `eqxdiff models` lists them.")]
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="The name of a model; `eqxdiff models` lists them.")
+    ]
     prompt: Annotated[
         list[str] | None,
         _option(
             "Picture",
             "--prompt",
             "-p",
-            help="What to show. May be repeated.",
-            metavar="TEXT",
-            show_default="none",
+            help="Make a picture of this text. May be repeated.",
+            default="none",
         ),
     ] = None
     prompt_file: Annotated[
         str | None,
         _option(
             "Picture",
-            help="A file with a prompt on each line; - is standard input.",
-            show_default="none",
+            help="Read a prompt from each line of a file; - is standard input.",
+            metavar="FILE",
+            default="none",
         ),
     ] = None
     seed: Annotated[
@@ -52,113 +55,137 @@ class Order:
             "Picture",
             "--seed",
             "-s",
-            help="The seed of the first image; image k has the seed plus k.",
-            show_default="random",
+            help="Draw the noise of the first picture of a prompt from this seed; the seed of each "
+            "further picture is one higher.",
+            default="random",
         ),
     ] = None
-    num_images: Annotated[int, _option("Picture", help="How many images of each prompt.")] = 1
+    num_images: Annotated[
+        int, _option("Picture", help="Make this many pictures of each prompt.")
+    ] = 1
     image: Annotated[
-        Path | None, _option("Picture", help="The picture to begin with.", metavar="FILE")
+        Path | None,
+        _option(
+            "Picture",
+            help="Begin with this picture; --strength says how much of it is made anew.",
+            default="none",
+        ),
     ] = None
     mask: Annotated[
         Path | None,
         _option(
             "Picture",
-            help="Where --image is made anew: white, and black where it is kept.",
-            metavar="FILE",
-            show_default="none",
+            help="Make --image anew where this picture is white, and keep it where it is black.",
+            default="none",
         ),
     ] = None
     mask_blur: Annotated[
-        float, _option("Picture", help="The radius of the blur of the mask's edge, in pixels.")
+        float, _option("Picture", help="Blur the edge of --mask by this radius, in pixels.")
     ] = 0.0
     mask_crop: Annotated[
         int | None,
         _option(
             "Picture",
-            help="Work on the masked part and so many pixels around it at full resolution, and "
+            help="Work on the masked part and this many pixels around it at full resolution, and "
             "paste the result into --image.",
-            metavar="PIXELS",
-            show_default="the whole picture",
+            default="off",
         ),
     ] = None
     control: Annotated[
         list[str] | None,
         _option(
             "Picture",
-            help="A ControlNet and its picture, NET=IMAGE@SCALE:START-END, as in "
-            "canny=photo.png@0.5. NET is a name, repository or folder; scale and steps may be left "
-            "out. May be repeated.",
-            metavar="NET=IMAGE",
-            show_default="none",
+            help="Steer by a ControlNet and its picture, as in canny=photo.png@0.5. NET is a name, "
+            "repository or folder; after @ come a scale and perhaps a part of the steps, as in "
+            "@0.5:0-0.8. May be repeated.",
+            metavar="NET=FILE",
+            default="none",
         ),
     ] = None
     control_guess: Annotated[
         bool,
-        _option("Picture", "--control-guess", help="Let the control picture guide alone."),
+        _option(
+            "Picture",
+            "--control-guess",
+            help="Let the control pictures guide alone, for an empty prompt.",
+        ),
     ] = False
     control_as_is: Annotated[
         bool,
         _option(
-            "Picture", "--control-as-is", help="Do not look for edges in the picture of canny."
+            "Picture",
+            "--control-as-is",
+            help="Give the canny ControlNet its picture as it is, without finding edges in it.",
         ),
     ] = False
     noise: Annotated[
         Path | None,
         _option(
             "Picture",
-            help="Initial noise in place of the seeds': .npy or .safetensors of (n, c, h, w).",
-            metavar="FILE",
+            help="Start from the noise in a .npy or .safetensors file of shape (n, c, h, w), "
+            "instead of the seed's.",
+            default="none",
         ),
     ] = None
     weights: Annotated[
         str | None,
         _option(
             "Weights",
-            help="A folder in the diffusers layout, a Hub repository, or a single file.",
-            show_default="the model's own",
+            help="Read the weights from a folder in the diffusers layout, a Hub repository or a "
+            "single file.",
+            metavar="SPEC",
+            default="the model's own",
         ),
     ] = None
     revision: Annotated[
         str | None,
-        _option("Weights", help="A branch, tag or commit of the repository.", show_default="main"),
+        _option(
+            "Weights",
+            help="Use this branch, tag or commit of the repository.",
+            metavar="NAME",
+            default="main",
+        ),
     ] = None
     dtype: Annotated[
         Dtype | None,
-        _option("Weights", help="The dtype of the weights.", show_default="the checkpoint's"),
+        _option("Weights", help="Keep the weights in this type.", default="the checkpoint's"),
     ] = None
     compute_dtype: Annotated[
         Dtype | None,
         _option(
             "Weights",
-            help="The dtype of the activations.",
-            show_default="float32 on a CPU, bfloat16 elsewhere",
+            help="Keep the activations in this type.",
+            default="float32 on a CPU, bfloat16 elsewhere",
         ),
     ] = None
     lora: Annotated[
         list[str] | None,
         _option(
             "LoRA",
-            help="A LoRA, as SPEC@SCALE: a file, repository or REPOSITORY:FILE, and perhaps a "
-            "scale for all or for parts, as in a.safetensors@unet=0.8,text_encoder=0.4. "
-            "May be repeated.",
-            metavar="SPEC",
-            show_default="none",
+            help="Apply a LoRA: a file, repository or REPOSITORY:FILE. After @ come a scale, or "
+            "scales of parts, as in a.safetensors@unet=0.8. May be repeated.",
+            metavar="SPEC@SCALE",
+            default="none",
         ),
     ] = None
     lora_partial: Annotated[
         bool,
-        _option("LoRA", "--lora-partial", help="Accept LoRAs of which not all fits the model."),
+        _option(
+            "LoRA",
+            "--lora-partial",
+            help="Accept a LoRA of which some tensors do not fit the model.",
+        ),
     ] = False
     lora_mode: Annotated[
-        LoraMode, _option("LoRA", help="Add LoRAs to the weights, or compute them beside.")
+        LoraMode,
+        _option("LoRA", help="Add LoRAs to the weights, or compute them beside the weights."),
     ] = "merge"
     batch_size: Annotated[
         int | None,
         _option(
             "Memory",
-            help="How many images are made at once.",
-            show_default="1, or 1 for each share of a mesh",
+            help="Make this many pictures at once.",
+            default="1, or 1 for each part of a batch on --mesh",
         ),
     ] = None
     offload: Annotated[
@@ -166,7 +193,7 @@ class Order:
         _option(
             "Memory",
             help="Keep the text encoders in host memory while they are not in use.",
-            show_default="off",
+            default="off",
         ),
     ] = None
     release: Annotated[
@@ -174,20 +201,27 @@ class Order:
         _option(
             "Memory",
             help="Encode all prompts first, then drop the text encoders.",
-            show_default="off",
+            default="off",
         ),
     ] = None
     mesh: Annotated[
         str | None,
         _option(
             "Memory",
-            help="Spread over devices, as in data=4,fsdp=2 (and tensor=).",
-            show_default="one device",
+            help="Spread the work over devices along the axes data, fsdp and tensor, as in "
+            "data=4,fsdp=2.",
+            metavar="AXES",
+            default="one device",
         ),
     ] = None
     compile_cache: Annotated[
         Path | None,
-        _option("Memory", help="Where to keep compiled programs.", show_default="the user's cache"),
+        _option(
+            "Memory",
+            help="Keep compiled programs in this folder.",
+            metavar="FOLDER",
+            default="the user's cache",
+        ),
     ] = None
     no_compile_cache: Annotated[
         bool, _option("Memory", "--no-compile-cache", help="Keep no compiled programs.")
@@ -198,30 +232,32 @@ class Order:
             "Output",
             "--output",
             "-o",
-            help="A file, a folder, or a name with {model}, {seed}, {index}, {prompt}.",
+            help="Write to a file, to a folder, or to names with {model}, {seed}, {index} and "
+            "{prompt} in them.",
+            metavar="FILE",
         ),
     ] = DEFAULT_NAME
     overwrite: Annotated[
         bool, _option("Output", "--overwrite", help="Replace files that exist.")
     ] = False
     no_metadata: Annotated[
-        bool, _option("Output", "--no-metadata", help="Leave the settings out of the PNG.")
+        bool, _option("Output", "--no-metadata", help="Leave the settings out of the PNG files.")
     ] = False
     save_latents: Annotated[
         Path | None,
         _option(
             "Output",
-            help="A file for the final latents, in the form that --noise takes.",
-            show_default="none",
+            help="Write the final latents to a file, in a format that --noise reads.",
+            default="none",
         ),
     ] = None
     as_json: Annotated[
         bool,
-        _option("Output", "--json", help="One JSON object on stdout, and events on stderr."),
+        _option("Output", "--json", help="Print one JSON object on stdout, and events on stderr."),
     ] = False
     quiet: Annotated[
         bool,
-        _option("Output", "--quiet", "-q", help="Print nothing but files, warnings and errors."),
+        _option("Output", "--quiet", "-q", help="Print only files, warnings and errors."),
     ] = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     parts: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Where files go: templates of names, and writing them whole or not at all, never over others."""
+"""Names of output files from templates, and writing files whole or not at all."""
 
 import contextlib
 import os
@@ -24,12 +24,12 @@ class OutputError(EqxdiffError):
 def picture_paths(
     template: str, model: str, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Path]:
-    """The file of each picture.
+    """Returns the file of each picture.
 
     **Arguments:**
 
-    - `template`: a file's name with placeholders, or a folder. Numbers may be padded as in
-        `{index:03}`, and a prompt is cut as in `{prompt:20}`.
+    - `template`: a file's name with placeholders, or a folder. `{index:03}` pads a number, and
+        `{prompt:20}` cuts a prompt.
     - `prompts`, `seeds`: of each picture.
 
     **Raises:** `SettingError` where the template is wrong or gives two pictures one name.
@@ -52,7 +52,7 @@ def picture_paths(
 
 
 def _parse(template: str) -> list[tuple[str, str, str]]:
-    """The template as (text, placeholder, width) triples."""
+    """Splits a template into triples of text, placeholder and width."""
     known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
     try:
         parts = list(string.Formatter().parse(template))
@@ -85,11 +85,11 @@ def _fill(values: dict[str, str | int], name: str, width: str) -> str:
 
 @contextlib.contextmanager
 def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
-    """Sees to it that the files can be written: makes their folders, and tries.
+    """Makes the folders of files, and checks that the files can be written.
 
-    Folders that it made are removed again where the block fails and leaves them empty.
+    Where the block fails, the folders that were made are removed again if they are empty.
 
-    **Raises:** `OutputError` where one exists already or cannot be written.
+    **Raises:** `OutputError` where a file exists already or cannot be written.
     """
     made: list[Path] = []
     try:
@@ -120,7 +120,7 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
     """Writes a file that appears when all of it is on disk, or not at all.
 
-    **Raises:** `OutputError` where it exists already or cannot be written.
+    **Raises:** `OutputError` where the file exists already or cannot be written.
     """
     draft = _draft(path.parent)
     try:
@@ -153,7 +153,7 @@ def _draft(folder: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Also for a dangling link; what the system cannot even look up is an `OSError`."""
+    """Tells whether there is a file, a folder or a link, dangling or not. **Raises:** `OSError`."""
     try:
         path.lstat()
     except FileNotFoundError:

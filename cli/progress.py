@@ -1,4 +1,4 @@
-"""What is told while a command runs: on stderr, and the files written on stdout."""
+"""Reports of a running command: its progress on stderr, and the files that it wrote on stdout."""
 
 import abc
 import contextlib
@@ -14,14 +14,14 @@ from typing import Any
 
 
 SPARSE_SECONDS = 10.0
-"""How often a line is printed where it cannot be overwritten."""
+"""The time between two lines of progress where a line cannot be overwritten."""
 
 OFTEN_SECONDS = 0.1
-"""How often a line is overwritten, or a program told how much is loaded."""
+"""The time between two overwritten lines, or two events of loading."""
 
 
 class AbstractReport(abc.ABC):
-    """Tells the user, or the program that called, what goes on."""
+    """Reports to the user, or to the calling program."""
 
     @property
     @abc.abstractmethod
@@ -30,27 +30,27 @@ class AbstractReport(abc.ABC):
 
     @abc.abstractmethod
     def progress(self, what: str, done: int, total: int) -> None:
-        """Bytes where `what` begins with "loading" or "writing"; steps or prompts otherwise."""
+        """Reports progress, in bytes where `what` begins with "loading" or "writing"."""
 
     @abc.abstractmethod
     def note(self, event: str, message: str, **details: Any) -> None:
-        """Something worth a line. The event `"warning"` is shown even where little is."""
+        """Reports an event in a line. The event `"warning"` is shown in quiet mode, too."""
 
     @abc.abstractmethod
     def file(self, path: Path) -> None:
-        """A file is written."""
+        """Reports that a file is written."""
 
     @abc.abstractmethod
     def finish(self, summary: dict[str, Any]) -> None:
-        """All is done."""
+        """Reports the end of the run."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Makes way for what others print, whether all is done or not."""
+        """Removes the line of progress, if there is one, for other output."""
 
 
 class JsonReport(AbstractReport):
-    """One JSON object a line on stderr, and one in the end on stdout."""
+    """Prints events as lines of JSON on stderr, and one JSON object on stdout in the end."""
 
     def __init__(self, quiet: bool):
         self._quiet, self._last = quiet, 0.0
@@ -84,7 +84,7 @@ class JsonReport(AbstractReport):
 
 
 class TextReport(AbstractReport):
-    """Lines for people; a terminal gets one that overwrites itself."""
+    """Prints lines for people; a terminal gets one line that overwrites itself."""
 
     def __init__(self, quiet: bool):
         self._quiet = quiet
@@ -104,7 +104,7 @@ class TextReport(AbstractReport):
             self._what, self._since = what, (now, done)
             self._last = -math.inf if self._overwrites else now
         elif self._since[1] == 0:
-            self._since = (now, done)  # compiling is part of what comes first
+            self._since = (now, done)  # the first step includes compiling
         pause = OFTEN_SECONDS if self._overwrites else SPARSE_SECONDS
         if done < total and now - self._last < pause:
             return
@@ -142,7 +142,7 @@ class TextReport(AbstractReport):
 
 
 def describe(what: str, done: int, total: int, rate: float | None) -> str:
-    """A line of progress. `rate`: seconds for each of what is counted, where it is known."""
+    """Returns a line of progress. `rate`: the seconds of each step, where they are known."""
     if what.startswith(("loading", "writing")):
         unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         return f"{what}: {done / unit:.1f} of {total / unit:.1f} {name}"
@@ -153,7 +153,7 @@ def describe(what: str, done: int, total: int, rate: float | None) -> str:
 
 
 def conclusion(timings: Mapping[str, float], compiled: Mapping[str, int]) -> list[str]:
-    """The last lines: what took how long."""
+    """Returns the last lines, with the times of loading, compiling and sampling."""
     programs, hits = compiled["programs"], compiled["cache_hits"]
     return [
         f"load time: {timings['load_seconds']:.2f} s",
@@ -164,7 +164,7 @@ def conclusion(timings: Mapping[str, float], compiled: Mapping[str, int]) -> lis
 
 @contextlib.contextmanager
 def libraries_tell(report: AbstractReport) -> Iterator[None]:
-    """What libraries want to print by themselves, the report prints meanwhile, or nobody does."""
+    """Sends the warnings of libraries to the report, which may hide their progress bars, too."""
     from huggingface_hub import utils
 
     def show(message: Warning | str, *_: object, **__: object) -> None:

@@ -8,7 +8,7 @@ from eqxdiff import PromptError, SourceError
 
 
 def collect_prompts(given: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the options and then those of the file, in order.
+    """Returns the prompts of the options and then the prompts of the file, in order.
 
     **Raises:** `PromptError` where there are none; `SourceError` where the file cannot be read.
     """
@@ -19,9 +19,9 @@ def collect_prompts(given: Sequence[str], file: str | None) -> list[str]:
 
 
 def read_prompts(file: str) -> list[str]:
-    """The lines of a UTF-8 file, but for blank ones; `-` is standard input.
+    """Returns the lines of a UTF-8 file that are not blank; `-` is standard input.
 
-    **Raises:** `SourceError`; `PromptError` where there are no prompts in it.
+    **Raises:** `SourceError`; `PromptError` where the file holds no prompts.
     """
     name = "standard input" if file == "-" else file
     try:

@@ -1,4 +1,4 @@
-"""The commands that list what there is."""
+"""The commands that list the models and the samplers."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 
-Json = Annotated[bool, Option("--json", help="As a JSON list.")]
+Json = Annotated[bool, Option("--json", help="Print a JSON list.")]
 
 
 def models(as_json: Json = False) -> None:
@@ -73,7 +73,7 @@ def samplers(as_json: Json = False) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them."""
+    """Lays out rows in columns that are as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -8,9 +8,9 @@ from typer import Argument, Option
 
 
 def random(
-    model: Annotated[str, Argument(help="Such as flux-dev.")],
+    model: Annotated[str, Argument(help="The name of a model, such as flux-dev.")],
     folder: Annotated[Path, Argument(help="A folder that does not exist yet.")],
-    seed: Annotated[int, Option(help="Of the weights.")] = 0,
+    seed: Annotated[int, Option(help="Draw the weights from this seed.")] = 0,
 ) -> None:
     """Writes a tiny model of random weights, whose pictures are noise."""
     from eqxdiff.convert.example import write_example

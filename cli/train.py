@@ -1,4 +1,4 @@
-"""The options of `eqxdiff train`, and what it tells."""
+"""The options of `eqxdiff train`, and its progress."""
 
 import json
 import sys
@@ -11,20 +11,26 @@ from typer import Argument, Option
 
 
 SPARSE_SECONDS = 10.0
-"""How often progress is printed where a line cannot be overwritten."""
+"""The time between two lines of progress where a line cannot be overwritten."""
 
 
 def train(
-    config: Annotated[Path, Argument(help="A TOML file; recipes/ in the repository has some.")],
+    config: Annotated[
+        Path, Argument(help="A TOML file, such as those in recipes/ of the repository.")
+    ],
     output: Annotated[
-        Path, Option("--output", "-o", help="The folder of the run: log, samples, states, model.")
+        Path,
+        Option("--output", "-o", help="Write log, samples, states and model to this folder."),
     ],
     resume: Annotated[
         bool, Option("--resume", help="Go on with the run in --output from its last state.")
     ] = False,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but the model.")] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="Print only the folder of the model.")
+    ] = False,
     as_json: Annotated[
-        bool, Option("--json", help="Print JSON: progress on stderr, one a line.")
+        bool,
+        Option("--json", help="Print the result as JSON, and progress as lines of JSON on stderr."),
     ] = False,
 ) -> None:
     """Trains a model on a folder of images with captions."""
@@ -32,15 +38,15 @@ def train(
 
     from .cache import compile_cache
 
-    tell = _Telling(quiet, as_json)
+    progress = _TrainingProgress(quiet, as_json)
     with compile_cache(None):
-        folder = train(read_config(config), output, resume=resume, report=tell)
-    tell.clear()
+        folder = train(read_config(config), output, resume=resume, report=progress)
+    progress.clear()
     print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)
 
 
-class _Telling:
-    """Progress on stderr: a terminal gets one line that overwrites itself."""
+class _TrainingProgress:
+    """Prints progress on stderr: in a terminal one line that overwrites itself."""
 
     def __init__(self, quiet: bool, as_json: bool):
         self._quiet, self._json = quiet, as_json
@@ -65,13 +71,14 @@ class _Telling:
             print(describe(facts), file=sys.stderr, flush=True)
 
     def clear(self) -> None:
+        """Removes the line of progress."""
         if self._line:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._line = False
 
 
 def describe(facts: Mapping[str, Any]) -> str:
-    """A line of progress."""
+    """Returns a line of progress."""
     minutes, seconds = divmod(round(facts["seconds_left"]), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}:{minutes:02}:{seconds:02}"

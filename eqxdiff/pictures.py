@@ -25,20 +25,21 @@ Region = tuple[int, int, int, int]
 LANCZOS = PILImage.Resampling.LANCZOS
 
 
-def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Reads a picture, turned upright where the camera noted how it was held.
+def read_picture(path: Path, name: str = "image") -> UInt8[np.ndarray, "H W *rgb"]:
+    """Reads a picture or a `"mask"`, turned upright where the camera noted how it was held.
 
     **Raises:** `SourceError` where the file is missing, or is no picture.
     """
     try:
         with PILImage.open(path) as image:
-            return np.asarray(_convert(ImageOps.exif_transpose(image), "RGB"))
+            return np.asarray(to_pil(ImageOps.exif_transpose(image), name))
     except FileNotFoundError:
         raise SourceError(f"There is no picture {path}.") from None
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
         raise SourceError(f"The picture {path} cannot be read: it has too many pixels.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "is it one?"
+        told = error.strerror if isinstance(error, OSError) else None
+        why = f"{told}." if told else "is it one?"
         raise SourceError(f"The picture {path} cannot be read: {why}") from None
 
 

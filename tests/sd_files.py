@@ -38,10 +38,18 @@ CONTROLNET = {
 }
 """For a UNet of three levels and prompts of 32 features."""
 
-ADDED = ()
-"""What SDXL's UNets and ControlNets embed besides."""
-
-OF_UNETS = ("up_block_types", "out_channels")
+OF_CONTROLNETS = (
+    *CONTROLNET,
+    "addition_embed_type",
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "projection_class_embeddings_input_dim",
+    "transformer_layers_per_block",
+    "upcast_attention",
+    "use_linear_projection",
+)
+"""What a ControlNet's config takes over from its UNet's."""
 
 
 def write_case(folder: Path, case: dict) -> tuple[Path, list[Path]]:
@@ -57,9 +65,8 @@ def write_controlnet(folder: Path, model: str) -> Path:
     """A ControlNet for a tiny UNet, whose numbers depend on its folder's name and their own."""
     family, _ = find_model(model)
     unet = json.loads(family.example(model)["unet/config.json"])
-    own = {name: unet[name] for name in unet if name in (*CONTROLNET, *ADDED)}
+    own = {name: unet[name] for name in unet if name in OF_CONTROLNETS}
     config = {**CONTROLNET, **own, "_class_name": "ControlNetModel"}
-    config = {name: value for name, value in config.items() if name not in OF_UNETS}
     component = family.controlnet
     assert component is not None
     infos = export_infos(component.skeleton(component.parse(config)), read_table(component.table))

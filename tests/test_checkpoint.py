@@ -15,7 +15,7 @@ import safetensors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import FILE, Table, export_tensors, load, load_module, save_module
+from eqxdiff.checkpoint import FILE, Table, export_tensors, load_module, read, save_module
 from eqxdiff.nn import Linear, stack
 from eqxdiff.tensors import AbstractTensorSource, InMemory, SafetensorsFile
 
@@ -72,7 +72,7 @@ def assert_equal(module, wanted):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Pieces of two rows, so that small tensors are cut too."""
-    monkeypatch.setattr(load, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 100)
 
 
 def file_of(net, dtype=np.float32):
@@ -205,10 +205,10 @@ def test_a_mixed_file_keeps_its_dtypes(net):
 
 
 def test_a_cpu_takes_the_array_without_a_copy():
-    for shape in ((1000,), (3, load.HUGE_BYTES)):
-        buffer = load.aligned_empty(shape, np.dtype(np.float32))
+    for shape in ((1000,), (3, read.HUGE_BYTES)):
+        buffer = read.aligned_empty(shape, np.dtype(np.float32))
         assert buffer.shape == shape
-        assert load.put(buffer, None).unsafe_buffer_pointer() == buffer.ctypes.data
+        assert read.put(buffer, None).unsafe_buffer_pointer() == buffer.ctypes.data
 
 
 class Counting(AbstractTensorSource):

@@ -48,7 +48,7 @@ def sentence(text: str) -> bool:
     [
         (["--steps", 0], "--steps 0 is out of range: it is from 1 to 1000."),
         (["--width", 100], "The width 100 is not a multiple of 16: use 96 or 112."),
-        (["--height", 0], "The height 0 is not a multiple of 16: use 16."),
+        (["--height", 0], "--height 0 is out of range: it is at least 1."),
         (["--num-images", 0], "--num-images 0 is out of range: it is from 1 to "),
         (["--batch-size", 0], "--batch-size 0 is out of range: it is at least 1."),
         (["--seed", -1], "--seed -1 is out of range: it is from 0 to 4294967295."),
@@ -311,8 +311,8 @@ def write_noise(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("shape", "The noise has the shape (1, 4, 8, 7); these images need (1, 4, 8, 8)."),
-        ("count", "The noise has the shape (2, 4, 8, 8)"),
+        ("shape", "--noise has the shape (1, 4, 8, 7); these images need (1, 4, 8, 8)."),
+        ("count", "--noise has the shape (2, 4, 8, 8)"),
         ("nan", "not made of finite floating point numbers"),
         ("integers", "holds int32 numbers, and noise is floating point."),
         ("overflow", "not made of finite floating point numbers"),
@@ -451,7 +451,7 @@ def test_an_interrupted_start_leaves_no_folder(generate, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eqxdiff.pipeline.load_module", interrupt)
+    monkeypatch.setattr("eqxdiff.pipeline.blueprint.load_module", interrupt)
     run = generate("-p", "a", "-o", "new/folder/a.png", "--quiet")
     assert (run.status, run.error) == (130, "Interrupted.")
 
@@ -460,7 +460,7 @@ def test_a_device_that_is_full_is_told(generate, monkeypatch):
     def exhaust(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying")
 
-    monkeypatch.setattr("eqxdiff.pipeline.load_module", exhaust)
+    monkeypatch.setattr("eqxdiff.pipeline.blueprint.load_module", exhaust)
     run = generate("-p", "a", "--quiet")
     assert run.status == 1
     assert "too little memory" in run.error
@@ -470,7 +470,7 @@ def test_a_mistake_of_ours_has_a_traceback(generate, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("eqxdiff.pipeline.load_module", fail)
+    monkeypatch.setattr("eqxdiff.pipeline.blueprint.load_module", fail)
     with pytest.raises(ZeroDivisionError):
         generate("-p", "a", "--quiet")
 

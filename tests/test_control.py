@@ -111,7 +111,7 @@ def test_photographs_become_edges_for_canny_and_edges_stay(files, monkeypatch, t
         (["--control", "FILES/net=FILES/photo.png@1:0.6-7"], "out of range: it is from 0 to 1"),
         (["--control", "FILES/net-xl=FILES/photo.png"], "The ControlNet does not fit the UNet"),
         (["--control", "cany=FILES/photo.png"], "knows no ControlNet 'cany': it knows canny,"),
-        (["--control-guess"], "there is none"),
+        (["--control-guess"], "--control-guess would be ignored without --control."),
         (["--unet", "FILES/none.safetensors"], "There is no folder"),
         (["--transformer", "FILES/net"], "sd15 has no component transformer"),
         (["--eta", 0.5], "The sampler pndm has no"),

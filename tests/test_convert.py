@@ -12,7 +12,7 @@ import safetensors.numpy
 from command import cli as cli
 
 from eqxdiff._errors import SourceError
-from eqxdiff.checkpoint import Table, load
+from eqxdiff.checkpoint import Table, read
 from eqxdiff.convert import (
     open_checkpoint,
     plan_file,
@@ -247,7 +247,7 @@ def test_a_tensor_is_as_wide_as_the_widest_that_it_is_made_of(checkpoint, tmp_pa
 def test_only_pieces_are_in_memory(tmp_path, monkeypatch):
     """Much less than the largest tensor, fused or stacked."""
     monkeypatch.setattr(recast, "CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(load, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 1 << 16)
     fused = Table.parse('stack = ["c"]\n[split]\n"ab" = ["a", "b"]')
     table = Table.parse('prefix = ["x"]\nstack = ["c"]')
     random = np.random.RandomState(0)

@@ -36,12 +36,6 @@ LEAVES = ORDER[0]
 RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "numpy", "optax"}
 RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer"}
 
-# Files that import each other until the command line is taken apart.
-CIRCLES: set[frozenset[str]] = set()
-
-# Classes that share a name until their owners rename them.
-TWINS: set[str] = set()
-
 
 def imports(path: Path):
     """Yields (level, dotted module, names) for every import in a file, within functions too."""
@@ -110,9 +104,6 @@ def test_imports_go_one_way(name):
 def test_no_two_files_import_each_other():
     """Nor do more of them in a circle; an import within a function counts like any other."""
     graph = {name: set(imported(name)) - {"eqxdiff"} for name in INNER}
-    for pair in CIRCLES:
-        for name in pair:
-            graph[name] -= pair
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -133,7 +124,7 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name)
     twins = {name: where for name, where in places.items() if len(where) > 1}
-    assert not {name: where for name, where in twins.items() if name not in TWINS}
+    assert not twins
 
 
 @pytest.mark.parametrize("name", INNER)

@@ -16,7 +16,8 @@ from helpers import read_manifest
 from eqxdiff._errors import CheckpointError, SourceError
 from eqxdiff.convert import inspect as module
 from eqxdiff.convert.inspect import inspect, remote_header
-from eqxdiff.hub.source import Folder, Source
+from eqxdiff.hub import Source
+from eqxdiff.hub.stores import Folder
 
 
 pytest_plugins = ["whole_files"]

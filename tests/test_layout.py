@@ -12,7 +12,7 @@ from helpers import read_manifest
 from test_single_files_sd import VAE, WIDTHS, clip_config, unet_config
 
 from eqxdiff._errors import CheckpointError
-from eqxdiff.checkpoint import Table, load, load_module
+from eqxdiff.checkpoint import Table, load_module, read
 from eqxdiff.checkpoint.form import Form
 from eqxdiff.convert import recognise as recognise_module
 from eqxdiff.convert.recognise import claim, denoisers, describe, find_pieces, locate
@@ -342,7 +342,7 @@ class TestScaled:
 
     def test_each_part_of_a_tensor_has_the_scales_of_its_own_rows(self, monkeypatch):
         """Cut into leaves, and each leaf read in pieces of two rows."""
-        monkeypatch.setattr(load, "CHUNK_BYTES", 32)
+        monkeypatch.setattr(read, "CHUNK_BYTES", 32)
         random = np.random.RandomState(0)
         weight = random.standard_normal((12, 4)).astype(F8)
         scale = random.uniform(0.1, 2, 12).astype(F32)

@@ -113,7 +113,7 @@ def test_no_metadata_is_no_metadata(generate):
     "value", ["", "plain", "a, b", "a: b", "a\nb", '"', '"quoted"', " x ", "é"]
 )
 def test_every_value_comes_back(value):
-    quote = importlib.import_module("eqxdiff.cli.metadata").quote
+    quote = importlib.import_module("eqxdiff.pipeline.record").quote
     line = f"Steps: 1, Value: {quote(value)}, Size: 64x64, Model: x"
     fields = read_parameters("prompt\n" + line)
     assert fields["Value"] == value

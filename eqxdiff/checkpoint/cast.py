@@ -10,7 +10,7 @@ from .._errors import CheckpointError
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether a contiguous array has neither infinities nor NaNs; integers never do."""
+    """Tells whether a contiguous array has neither infinities nor NaNs; integers have none."""
     if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
         return True
     # What is not finite has the greatest bit patterns of either sign, infinity (or, where there is

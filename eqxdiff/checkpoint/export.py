@@ -13,7 +13,7 @@ from .table import Table
 
 
 def export_infos(module: Any, table: Table) -> dict[str, TensorInfo]:
-    """Name, shape and dtype of every tensor that `export_tensors` will yield, in its order.
+    """Returns the name, shape and dtype of every tensor that `export_tensors` yields, in its order.
 
     `module` may be a skeleton. **Raises:** `ValueError` where the table does not cover the module.
     """
@@ -21,7 +21,7 @@ def export_infos(module: Any, table: Table) -> dict[str, TensorInfo]:
 
 
 def export_tensors(module: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the table's layout, one at a time, each in the dtype of its leaf.
+    """Yields the tensors of the table's layout, each in the dtype of its leaf.
 
     Of a tensor with several spellings the first is written; what the table drops is not.
 
@@ -64,7 +64,7 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
 
 
 def _rows(leaf: Any, move: Move) -> np.ndarray:
-    """The rows of a leaf that a move concerns, on the host."""
+    """Returns the rows of a leaf that a move concerns, on the host."""
     if isinstance(leaf, jax.Array) and not _is_host(leaf):
         # one layer at a time: the host copy of a whole leaf would be kept with the array
         piece = leaf if move.layer is None else leaf[move.layer]

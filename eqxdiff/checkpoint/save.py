@@ -21,7 +21,7 @@ from .table import Table
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MOST_SHARD_BYTES = 10_000_000_000
-"""What diffusers cuts its checkpoints into."""
+"""The size of the files that diffusers cuts its checkpoints into."""
 
 
 def save_module(
@@ -86,7 +86,7 @@ def write_tensors(
 
 
 def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """What precedes the tensors of a safetensors file, which follow in the order of `infos`."""
+    """Makes the head of a safetensors file, whose tensors follow in the order of `infos`."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, info in infos.items():
@@ -103,7 +103,7 @@ def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> byte
 
 @contextlib.contextmanager
 def atomic(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Files that appear in `folder` under their names when the block ends well, or not at all.
+    """Makes files appear in `folder` when the block ends well, and else not at all.
 
     Yields a function from a file's name to the path to write it to meanwhile.
 
@@ -144,7 +144,7 @@ def _make(folder: Path) -> list[Path]:
 def cut(
     infos: Mapping[str, TensorInfo], stem: str, most: int = MOST_SHARD_BYTES
 ) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors in order, by file: each of at most `most` bytes or of one tensor."""
+    """Allots the tensors to files, in order: each of at most `most` bytes, or of one tensor."""
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in infos.items():
@@ -160,7 +160,7 @@ def cut(
 
 
 def index_text(shards: Mapping[str, Mapping[str, TensorInfo]]) -> str:
-    """The index of several files."""
+    """Makes the index of several files."""
     index = {
         "metadata": {
             "total_size": sum(i.nbytes for shard in shards.values() for i in shard.values())

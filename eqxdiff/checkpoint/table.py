@@ -83,7 +83,7 @@ class Pattern:
         return frozenset(self.segments) - {"*"}
 
     def find(self, name: Segments) -> Iterator[tuple[int, int, Segments]]:
-        """Every `(start, stop, what the stars stand for)` at which the pattern matches."""
+        """Yields `(start, stop, what the stars stand for)` for each place that matches."""
         length = len(self.segments)
         starts = range(len(name) - length + 1) if self.floating else range(min(1, len(name)))
         for start in starts:
@@ -153,14 +153,14 @@ class Table:
 
     @classmethod
     def parse(cls, text: str, name: str = "table") -> "Table":
-        """**Raises:** `ValueError` where `text` is not a table."""
+        """Reads the text of a table. **Raises:** `ValueError` where `text` is not a table."""
         try:
             return cls(name, **_parse(tomllib.loads(text)))
         except ValueError as error:
             raise ValueError(f"{name}.toml: {error}") from None
 
     def stack_depth_at(self, path: str) -> int | None:
-        """After how many segments of a leaf's path the layer's index comes; `None`: no stack."""
+        """Counts the segments of a leaf's path before the layer's index; `None`: no stack."""
         segments = tuple(path.split("."))
         for pattern in self.stack:
             if not pattern.literals.issubset(segments):
@@ -174,7 +174,7 @@ class Table:
         return any(p.literals <= segments and p.matches(tensor) for p in self.drop)
 
     def uses(self, name: str) -> tuple[Use, ...]:
-        """The tensors that make the leaf `name` (a path with the layer's index in it)."""
+        """Returns the tensors that make the leaf `name` (a path with the layer's index in it)."""
         segments = tuple(name.split("."))
         for whole, parts in self.split:
             uses = []
@@ -218,7 +218,7 @@ class Table:
     def _spell(
         self, name: Segments, spans: list[tuple[int, int, tuple[Segments, ...]]]
     ) -> tuple[str, ...]:
-        """The spellings of a name of which the `spans` are already rewritten."""
+        """Returns the spellings of a name whose `spans` are already rewritten."""
         spans, present = list(spans), frozenset(name)
         for ours, spellings in self.rename:
             if not ours.literals <= present:

@@ -61,9 +61,9 @@ def write_example(
 
 
 def randomised(skeleton: Module, rules: Sequence[Rule], rng: np.random.Generator) -> Module:
-    """The module of which `skeleton` is the shape, with numbers that keep signals at their size.
+    """Fills a skeleton with random numbers that keep signals at their size.
 
-    It takes no compiling, unlike a component's own `init`: that would be most of the time here.
+    It needs no compiling. A component's own `init` does, which would take most of the time here.
     """
 
     def leaf(entries: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:

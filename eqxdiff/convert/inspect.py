@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: of a file on the Hub only those are fetched."""
+"""What a checkpoint holds, from its headers alone: nothing else of a file on the Hub is fetched."""
 
 import collections
 import dataclasses
@@ -13,10 +13,10 @@ from huggingface_hub import constants
 
 from .._errors import CheckpointError, SourceError
 from ..checkpoint import check
-from ..checkpoint.plan import condense
+from ..checkpoint.listing import condense
 from ..checkpoint.table import table_name
 from ..hub import Source, is_file, open_source
-from ..hub.source import NETWORK_ERRORS, explain
+from ..hub.explain import NETWORK_ERRORS, explain
 from ..models import Family, Lookalikes, find_model
 from ..tensors import AbstractTensorSource, Box, SafetensorsFile, TensorInfo, open_tensors
 from ..tensors.safetensors import MOST_HEADER_BYTES, parse_header
@@ -25,24 +25,24 @@ from .recognise import denoisers, describe, find_pieces, leftovers, locate
 
 
 HEAD_BYTES = 64 << 10
-"""What is fetched of a remote file at first: the whole header of most components."""
+"""The number of bytes fetched of a remote file at first: most headers are shorter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Portrait:
-    """What `inspect` tells.
+    """What a checkpoint holds.
 
     **Fields:**
 
-    - `model`: what model it is of, in words; `None` where nothing tells.
-    - `models`: those whose headers look so, the likeliest first.
+    - `model`: the model that it is of, in words; `None` where this is unknown.
+    - `models`: the names of all models with such headers, the likeliest first.
     - `layout`: `"diffusers"`, `"single file"`, or `"component"` for one alone in a file.
     - `components`: by name, or by the name of the table where no model is known: its layout,
         prefix, number of tensors and parameters, bytes, and dtypes with their tensors.
     - `missing`: components or tensors that the model has besides.
     - `extra`: tensors that belong to nothing.
-    - `problems`: other ways in which it does not fit its own configs.
-    - `metadata`: of the files' headers.
+    - `problems`: other mismatches with its own configs.
+    - `metadata`: the texts in the files' headers.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Portrait:
 
 
 class Header(AbstractTensorSource):
-    """The tensors of a file of which nothing but the header is here."""
+    """The tensors of a file whose header alone is here."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]):
         self._tensors, self.metadata = dict(tensors), dict(metadata)
@@ -70,7 +70,7 @@ class Header(AbstractTensorSource):
         return self._tensors
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        raise CheckpointError(f"{name} is not here, only its header.")
+        raise CheckpointError(f"{name} cannot be read: only the header of its file is here.")
 
 
 def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> Portrait:
@@ -79,7 +79,7 @@ def inspect(spec: str, *, revision: str | None = None, pickle: bool = False) -> 
     **Arguments:**
 
     - `revision`: of a repository.
-    - `pickle`: whether a pickle may be looked into.
+    - `pickle`: whether pickles may be read.
 
     **Raises:** `SourceError`, or `CheckpointError` where a header is damaged.
     """
@@ -116,7 +116,7 @@ def _of_file(spec: str, file: AbstractTensorSource) -> Portrait:
 
 
 def _of_folder(spec: str, source: Source, revision: str | None) -> Portrait:
-    """A folder is held against its own configs."""
+    """Compares a folder with its own configs."""
     headers: dict[str, AbstractTensorSource] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
@@ -205,7 +205,7 @@ def _portrait(
 
 
 def remote_header(repository: str, file: str, revision: str | None) -> Header:
-    """The header of a safetensors file on the Hub, by requests for its first bytes alone.
+    """Reads the header of a safetensors file on the Hub by requests for its first bytes alone.
 
     **Raises:** `SourceError`, `CheckpointError`.
     """
@@ -226,7 +226,7 @@ def remote_header(repository: str, file: str, revision: str | None) -> Header:
 def _fetch(
     repository: str, file: str, revision: str | None, start: int, length: int
 ) -> tuple[bytes, int]:
-    """Some bytes of a remote file, and how many it has."""
+    """Fetches some bytes of a remote file; returns them and the size of the file."""
     url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
     headers = huggingface_hub.utils.build_hf_headers(library_name="eqxdiff")
     headers["Range"] = f"bytes={start}-{start + length - 1}"

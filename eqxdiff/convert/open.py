@@ -35,8 +35,8 @@ class Checkpoint:
 
     **Fields:**
 
-    - `model`: what it is taken for; others may have the same header.
-    - `components`: those that it has.
+    - `model`: the model that it is taken for; others may have the same header.
+    - `components`: the components that it has.
     - `configs`: where configs and tokenizers come from.
     - `stamp`: tells these files from others that have the same headers: the commit of a repository,
         or when each local file was last changed.
@@ -51,7 +51,7 @@ class Checkpoint:
 
     @property
     def missing(self) -> list[str]:
-        """The components that the model has besides."""
+        """The components of the model that the checkpoint lacks."""
         return [name for name in self.family.components if name not in self.components]
 
     @property
@@ -73,7 +73,7 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def completed(self) -> "Checkpoint":
-        """With the missing components, from where the configs are. **Raises:** `SourceError`."""
+        """Adds the missing components from the place of the configs. **Raises:** `SourceError`."""
         more = {}
         for name in self.missing:
             component = self.family.components[name]
@@ -91,16 +91,16 @@ def open_checkpoint(
     revision: str | None = None,
     pickle: bool = False,
 ) -> Checkpoint:
-    """Opens what is to be converted.
+    """Opens a checkpoint that is to be converted.
 
     **Arguments:**
 
     - `spec`: a folder or Hub repository in the diffusers layout, with weights of PyTorch or Flax,
         or a single file of any layout: a path or `REPOSITORY:FILE`.
-    - `model`: such as `"sd21-base"`, where the header does not say it.
-    - `configs`: a folder or repository with the configs of a single file; by default the model's
+    - `model`: the name of the model, needed where the header does not tell it.
+    - `configs`: a folder or repository with the configs of a single file, by default the model's
         own repository.
-    - `revision`: of the repository.
+    - `revision`: a branch, tag or commit of the repository.
     - `pickle`: whether pickles may be read: their tensors and nothing else.
 
     **Raises:** `SourceError`, `ConfigError`, or `CheckpointError`, with everything that is left
@@ -109,7 +109,7 @@ def open_checkpoint(
     if is_file(spec):
         return _open_file(spec, model, configs, revision, pickle)
     if configs is not None:
-        raise SettingError(f"{spec} has configs of its own: others would be ignored.")
+        raise SettingError(f"{spec} has configs of its own: `configs` would be ignored.")
     source = open_source(spec, revision=revision)
     find = functools.cache(lambda name: source_tensors(source, name, pickle=pickle))
     if model is None:
@@ -156,7 +156,7 @@ def _stamp(source: Source, file: Path | None = None) -> str:
 
 def _guess(kind: Lookalikes | None, spec: str) -> str:
     if kind is None:
-        raise SettingError(f"{spec} does not tell which model it is of: name it with --model.")
+        raise SettingError(f"{spec} does not tell which model it is of: name it with `model`.")
     if not kind.models:
         raise SettingError(f"{spec} holds {kind.summary}, which is not supported.")
     return kind.models[0]
@@ -167,7 +167,7 @@ def _config(family: Family, source: Source, name: str) -> Any:
 
 
 def source_tensors(source: Source, part: str, *, pickle: bool = False) -> AbstractTensorSource:
-    """The weights of a component of a folder, be they of PyTorch or of Flax.
+    """Opens the weights of a component of a folder, whether PyTorch or Flax wrote them.
 
     **Raises:** `SourceError`, `CheckpointError`.
     """
@@ -182,7 +182,7 @@ def source_tensors(source: Source, part: str, *, pickle: bool = False) -> Abstra
 
 
 def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of the Flax classes as one of those that took their place."""
+    """Turns a config of the Flax classes into one of the classes that took their place."""
     return {key: _plain(value) for key, value in fields.items()}
 
 

@@ -11,14 +11,14 @@ from jaxtyping import DTypeLike
 from ..checkpoint import Table, leaf_paths
 from ..checkpoint.cast import widest
 from ..checkpoint.export import natural_order
-from ..checkpoint.load import Reader, check_copies
 from ..checkpoint.plan import Move, Plan, compile_plan
+from ..checkpoint.read import Reader, check_copies
 from ..tensors import AbstractTensorSource, TensorInfo
 from .open import Opened
 
 
 CHUNK_BYTES = 16 << 20
-"""A tensor is converted in pieces of this size, but for those few whose axes change places."""
+"""A tensor is converted in pieces of this size, except for the few whose axes change places."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Recast:
 
     **Fields:**
 
-    - `infos`: the tensors that it will be, in order.
+    - `infos`: the tensors of the other layout, in order.
+    - `moves`: tensor of the other layout -> the moves that make it, in the order of its rows.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Recast:
 
     @classmethod
     def make(cls, name: str, opened: Opened, table: Table, dtype: DTypeLike | None) -> "Recast":
-        """**Raises:** `CheckpointError` where the component does not fit the model."""
+        """Plans it. **Raises:** `CheckpointError` where the component does not fit the model."""
         source = opened.tensors
         leaves = {path: tuple(leaf.shape) for path, leaf in leaf_paths(opened.skeleton).items()}
         file = {tensor: info.shape for tensor, info in source.tensors.items()}
@@ -59,7 +60,7 @@ class Recast:
         return cls(name, opened, plan, {tensor: infos[tensor] for tensor in order}, ordered)
 
     def chunks(self, tensor: str, reader: Reader) -> Iterator[np.ndarray]:
-        """The numbers of one of `infos` in order, a piece at a time."""
+        """Yields the numbers of one of `infos` in order, a piece at a time."""
         info = self.infos[tensor]
         for move in self.moves[tensor]:
             rows = move.high - move.low
@@ -78,7 +79,7 @@ class Recast:
 def _dtype(
     source: AbstractTensorSource, plan: Plan, moves: list[Move], wanted: DTypeLike | None
 ) -> np.dtype:
-    """What a tensor is written in: what was asked for, or the widest that it is made of."""
+    """Returns the dtype that a tensor is written in: by default the widest that it is made of."""
     found = [
         source.dtype_of(own.tensor)
         for move in moves

@@ -1,4 +1,4 @@
-"""What a file holds, by the names and shapes in its header: never by the name of the file."""
+"""Recognises what a file holds by the names and shapes in its header, never by its own name."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -7,7 +7,8 @@ from typing import Any
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths, read_table
 from ..checkpoint.form import Form
-from ..checkpoint.plan import Plan, Shape, compile_plan, condense
+from ..checkpoint.listing import condense
+from ..checkpoint.plan import Plan, Shape, compile_plan
 from ..checkpoint.table import Pattern, TableFile
 from ..hub import Part, Weights
 from ..models import Component, Lookalikes, PublishedFiles, families
@@ -55,16 +56,16 @@ class Piece:
     names: tuple[str, ...]
 
     def key_table(self) -> Table:
-        """Its table, for this prefix alone."""
+        """Returns its table, for this prefix alone."""
         return dataclasses.replace(read_table(self.table), prefix=(self.prefix,))
 
     def of(self, tensors: AbstractTensorSource) -> AbstractTensorSource:
-        """Its tensors alone."""
+        """Returns its tensors alone."""
         return Subset(tensors, self.names)
 
 
 def find_pieces(names: Collection[str]) -> tuple[list[Piece], list[str]]:
-    """The components in a file, and the names that belong to none of them."""
+    """Finds the components in a file, and the names that belong to none of them."""
     spots = [
         (prefix, kind, form.table)
         for kind, ways in forms().items()
@@ -79,7 +80,7 @@ def find_pieces(names: Collection[str]) -> tuple[list[Piece], list[str]]:
 
 
 def _owners(names: Collection[str], prefixes: Collection[str]) -> dict[str | None, list[str]]:
-    """The names under each prefix, the longest that precedes a name; `None`: under none."""
+    """Allots each name to the longest prefix that precedes it; `None`: to no prefix."""
     rest = leftovers()
     owners: dict[str | None, list[str]] = {prefix: [] for prefix in (*prefixes, None)}
     for name in names:
@@ -93,7 +94,7 @@ def _owners(names: Collection[str], prefixes: Collection[str]) -> dict[str | Non
 
 
 def choose(tensors: AbstractTensorSource, kind: TableFile, skeleton: Any) -> Piece | None:
-    """The component of a file that is most like a module; `None` where there is none of its kind.
+    """Picks the component of a file that is most like a module; `None` where none is of its kind.
 
     **Arguments:**
 
@@ -106,7 +107,7 @@ def choose(tensors: AbstractTensorSource, kind: TableFile, skeleton: Any) -> Pie
 
 
 def _likeness(tensors: AbstractTensorSource, piece: Piece, skeleton: Any) -> float:
-    """Which part of the module's tensors the file has, in their shapes."""
+    """Returns the share of the module's tensors that the file has, in their shapes."""
     file = {name: tensors.tensors[name].shape for name in piece.names}
     try:
         shapes = _plan(piece, skeleton, file).shapes
@@ -123,9 +124,9 @@ def _plan(piece: Piece, skeleton: Any, file: Mapping[str, Shape]) -> Plan:
 def locate(
     tensors: AbstractTensorSource, kind: TableFile, skeleton: Any
 ) -> tuple[AbstractTensorSource, Table]:
-    """The tensors of one component in a file of any layout, and the table to load them with.
+    """Finds the tensors of one component in a file of any layout, and the table to load them with.
 
-    Where nothing is recognised these are all tensors and the published table, so that loading says
+    Where nothing is recognised, it returns all tensors and the published table: loading then says
     what is missing.
     """
     tensors = dequantised(tensors)
@@ -138,7 +139,7 @@ def locate(
 def claim(
     tensors: AbstractTensorSource, wanted: Mapping[str, tuple[TableFile, Any]], name: str
 ) -> dict[str, Piece]:
-    """Which component of a model a whole-model file has where; nothing of it may be left over.
+    """Finds the components of a model in a file of a whole model, which may have nothing left over.
 
     **Arguments:**
 
@@ -188,7 +189,7 @@ def claim(
 def claim_parts(
     weights: Weights, components: Mapping[str, Component], configs: Mapping[str, Any]
 ) -> dict[str, Part]:
-    """The components that a single file of weights has; none where there is no such file.
+    """Finds the components that a single file of weights has; none where there is no such file.
 
     **Raises:** `CheckpointError` where it does not fit the model or has something left over.
     """

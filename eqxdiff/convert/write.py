@@ -17,9 +17,10 @@ from jaxtyping import DTypeLike
 
 from .._errors import SettingError, SourceError
 from ..checkpoint import read_table
-from ..checkpoint.load import Reader
+from ..checkpoint.read import Reader
 from ..checkpoint.save import cut, header, index_text
-from ..hub.source import HEAVY, INDEX
+from ..hub.explain import INDEX
+from ..hub.source import HEAVY
 from ..tensors import TensorInfo
 from .open import Checkpoint, plain
 from .recast import Recast
@@ -29,7 +30,7 @@ from .recognise import find_pieces
 METADATA = {"format": "pt"}
 
 Progress = Callable[[str, int, int], None]
-"""Called with the file that is written, the bytes written so far of all files, and all bytes."""
+"""Called with the name of the file, the bytes written so far of all files, and all bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class OutputFile:
     **Fields:**
 
     - `path`: within the destination.
-    - `tensors`: by the name in the file: whose they are.
-    - `data`: of a file that is not weights.
+    - `tensors`: the name of each tensor in the file -> its component.
+    - `data`: the bytes of a file without tensors.
     """
 
     path: str
@@ -57,8 +58,10 @@ class OutputFile:
 
 
 def plan_folder(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> list[OutputFile]:
-    """The files of a folder in the diffusers layout, weights first. **Raises:** `CheckpointError`,
-    `SourceError`."""
+    """Plans the files of a folder in the diffusers layout, weights first.
+
+    **Raises:** `CheckpointError`, `SourceError`.
+    """
     targets = []
     for name, opened in checkpoint.components.items():
         component = checkpoint.family.components[name]
@@ -76,7 +79,7 @@ def plan_folder(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> list[
 
 
 def _texts(checkpoint: Checkpoint) -> list[OutputFile]:
-    """Configs and tokenizers, as the diffusers of today names its classes."""
+    """Plans the configs and tokenizers, with the class names of today's diffusers."""
     source, family = checkpoint.configs, checkpoint.family
     index = plain(source.read_json(INDEX))
     parts = [*family.components, *family.tokenizers, "scheduler"]
@@ -102,11 +105,11 @@ def _json(fields: Mapping[str, Any]) -> bytes:
 def plan_file(
     checkpoint: Checkpoint, path: str, dtype: DTypeLike | None = None, only: str | None = None
 ) -> list[OutputFile]:
-    """The original single file of the model.
+    """Plans the original single file of the model.
 
     **Arguments:**
 
-    - `only`: a component to be alone in the file, its names without a prefix.
+    - `only`: one component that alone is written, its names without a prefix.
 
     **Raises:** `CheckpointError`; `SettingError` where the checkpoint has no such component, or the
     model no such layout.
@@ -248,7 +251,7 @@ def _write_all(
 
 
 def _pieces(target: OutputFile) -> Iterator[bytes | memoryview]:
-    """The bytes of a file; of tensors, the header first."""
+    """Yields the bytes of a file: where it holds tensors, the header first."""
     if not target.tensors:
         yield target.data
         return

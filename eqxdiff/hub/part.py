@@ -1,4 +1,4 @@
-"""One component from somewhere else than the model's own folder."""
+"""Where weights are: a whole model's, or one component's from elsewhere than its own folder."""
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
@@ -7,7 +7,8 @@ from typing import Any
 
 from .._errors import SourceError
 from ..tensors import PICKLES, AbstractTensorSource, SafetensorsFile
-from .source import Folder, Source, open_source
+from .source import Source, open_source
+from .stores import Folder
 
 
 CONFIG = "config.json"
@@ -20,7 +21,7 @@ class Part:
     **Fields:**
 
     - `folder`: the component's folder within the source; `""` is the source itself.
-    - `file`: its weights, where one file is meant rather than whatever the folder has.
+    - `file`: the file of its weights; `None` for whatever weights the folder has.
     """
 
     source: Source
@@ -35,21 +36,23 @@ class Part:
         return {**self.source.identity, "file": self._within(self.file or "")}
 
     def config(self) -> Mapping[str, Any] | None:
-        """The `config.json`; `None` where there is none beside a file. **Raises:** `SourceError`,
-        `ConfigError`."""
+        """Reads the `config.json`; a file may come without one: `None`.
+
+        **Raises:** `SourceError`, `ConfigError`.
+        """
         path = self._within(CONFIG)
         if self.file is not None and not self.source.exists(path):
             return None
         return self.source.read_json(path)
 
     def tensors(self) -> AbstractTensorSource:
-        """The weights, downloaded if need be. **Raises:** `SourceError`, `CheckpointError`."""
+        """Opens the weights, fetched if need be. **Raises:** `SourceError`, `CheckpointError`."""
         if self.file is None:
             return self.source.tensors(self.folder)
         return SafetensorsFile(self.path())
 
     def path(self) -> Path:
-        """The file on disk, downloaded if need be. **Raises:** `SourceError`."""
+        """Returns the file on disk, downloaded if need be. **Raises:** `SourceError`."""
         return self.source.path(self._within(self.file or ""))
 
     def _within(self, name: str) -> str:
@@ -62,9 +65,10 @@ def open_part(spec: str, *, revision: str | None = None, others: bool = False) -
     **Arguments:**
 
     - `spec`: a `.safetensors` file, a folder with a `config.json` and weights, a Hub repository
-        that is one, or `REPOSITORY:FILE` or `REPOSITORY:FOLDER`. What exists on disk goes first.
+        of this kind, or `REPOSITORY:FILE` or `REPOSITORY:FOLDER`. Files on disk come before the
+        Hub.
     - `revision`: of a repository.
-    - `others`: whether a file may be something else than safetensors.
+    - `others`: whether a file in another format than safetensors is accepted.
 
     **Raises:** `SourceError`.
     """
@@ -102,7 +106,7 @@ class Weights:
     single: Part | None
 
     def note(self, components: Iterable[str], found: Container[str]) -> str | None:
-        """A sentence on what does not come from the single file; `None` where there is none."""
+        """Says in a sentence what the single file lacks; `None` where there is no such file."""
         if self.single is None:
             return None
         lacks = [name for name in components if name not in found]
@@ -124,13 +128,13 @@ def open_weights(weights: str | None, repository: str, *, revision: str | None =
     """
     if weights is not None and is_file(weights):
         part = open_part(weights, revision=revision)
-        part.tensors()  # a file that is none is told before the repository is asked for
+        part.tensors()  # a damaged file is reported before the repository is asked for
         return Weights(open_source(repository), part)
     return Weights(open_source(weights or repository, revision=revision), None)
 
 
 def is_file(spec: str) -> bool:
-    """Whether a file is meant rather than a folder or repository. **Raises:** `SourceError`."""
+    """Tells whether `spec` means a file, not a folder or repository. **Raises:** `SourceError`."""
     path = Path(spec).expanduser()
     if spec and path.exists():
         return not path.is_dir()

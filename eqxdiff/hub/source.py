@@ -1,26 +1,18 @@
-"""Where a model's files come from: a folder in diffusers layout, or a repository on the Hub."""
+"""The files of a model in the diffusers layout, in a folder or in a repository on the Hub."""
 
-import abc
-import contextlib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import constants, errors
-
-from .._errors import CheckpointError, ConfigError, SourceError
+from .._errors import ConfigError, SourceError
 from ..tensors import PICKLES, AbstractTensorSource, SafetensorsFile
 from ..tensors.safetensors import merge_shards, read_index
+from .explain import INDEX
+from .stores import AbstractStore, Folder, Repository
 
-
-INDEX = "model_index.json"
-"""The file at the root of every model in diffusers layout."""
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)"
@@ -31,255 +23,7 @@ WEIGHTS = re.compile(
 
 HEAVY = (".safetensors", *PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".pb")
 
-NETWORK_ERRORS = (
-    errors.HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-    errors.OfflineModeIsEnabled,
-)
-"""What the library's HTTP client raises when there is no answer; which client it is depends on the
-library's version."""
-
-MOST_DOWNLOADS = 4
-"""Files of one component that are fetched at the same time."""
-
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class AbstractStore(abc.ABC):
-    """Named files, of which those on the Hub are fetched when they are asked for."""
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """What errors call it."""
-
-    @property
-    @abc.abstractmethod
-    def identity(self) -> Mapping[str, str]:
-        """What tells these files from others."""
-
-    @property
-    @abc.abstractmethod
-    def hint(self) -> str:
-        """Why a file might be missing, as the end of an error, or nothing."""
-
-    @abc.abstractmethod
-    def exists(self, file: str) -> bool:
-        """Whether there is such a file, without fetching it."""
-
-    @abc.abstractmethod
-    def files(self, folder: str) -> list[str]:
-        """The names of the files in a folder, none where there is no such folder."""
-
-    @abc.abstractmethod
-    def paths(self, files: Sequence[str]) -> list[Path]:
-        """Where the files are on disk, fetching what is not there. **Raises:** `SourceError`."""
-
-
-class Folder(AbstractStore):
-    """A local folder."""
-
-    def __init__(self, root: Path):
-        self._root = root
-
-    @property
-    def name(self) -> str:
-        return str(self._root)
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """The folder's own name, and a hash of the headers and sizes of its safetensors files."""
-        digest = hashlib.sha256()
-        for file in sorted(self._root.glob("*/*.safetensors")):
-            with contextlib.suppress(CheckpointError):
-                fingerprint = SafetensorsFile(file).fingerprint
-                digest.update(f"{file.relative_to(self._root).as_posix()} {fingerprint}\n".encode())
-        return {"folder": self._root.resolve().name, "sha256": digest.hexdigest()}
-
-    @property
-    def hint(self) -> str:
-        return ""
-
-    def exists(self, file: str) -> bool:
-        return (self._root / file).is_file()
-
-    def files(self, folder: str) -> list[str]:
-        try:
-            return sorted(
-                entry.name for entry in os.scandir(self._root / folder) if entry.is_file()
-            )
-        except OSError:
-            return []
-
-    def paths(self, files: Sequence[str]) -> list[Path]:
-        return [self._root / file for file in files]
-
-
-class Repository(AbstractStore):
-    """One commit of a repository on the Hub, through the cache of `huggingface_hub`."""
-
-    def __init__(
-        self,
-        repository: str,
-        revision: str | None,
-        *,
-        offline: bool | None,
-        first: str = INDEX,
-    ):
-        """**Raises:** `SourceError`, also where there is no file `first`."""
-        self._repository, self._revision = repository, revision
-        self._offline = constants.HF_HUB_OFFLINE if offline is None else offline
-        # The first file is asked for by the branch or tag, so that the cache remembers its commit.
-        self._root = self._fetch(first, revision)
-        for _ in first.split("/"):
-            self._root = self._root.parent
-        self._commit = self._root.name
-        self._files: list[str] | None = None if self._offline else self._list()
-
-    @property
-    def name(self) -> str:
-        return self._repository
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        return {"repository": self._repository, "revision": self._commit}
-
-    @property
-    def hint(self) -> str:
-        return "" if self._files is not None else " in the local cache, and the Hub was not asked"
-
-    def exists(self, file: str) -> bool:
-        return (self._root / file).is_file() if self._files is None else file in self._files
-
-    def files(self, folder: str) -> list[str]:
-        if self._files is None:
-            return Folder(self._root).files(folder)
-        paths = [file.rpartition("/") for file in self._files]
-        return sorted(name for parent, _, name in paths if parent == folder)
-
-    def paths(self, files: Sequence[str]) -> list[Path]:
-        if len(files) < 2:
-            return [self._fetch(file, self._commit) for file in files]
-        with ThreadPoolExecutor(MOST_DOWNLOADS) as threads:
-            return list(threads.map(lambda file: self._fetch(file, self._commit), files))
-
-    def _fetch(self, file: str, revision: str | None) -> Path:
-        try:
-            path = huggingface_hub.hf_hub_download(
-                self._repository,
-                file,
-                revision=revision,
-                local_files_only=self._offline,
-                library_name="eqxdiff",
-            )
-        except Exception as error:
-            raise self._explain(error, file) from error
-        return Path(path)
-
-    def _list(self) -> list[str] | None:
-        """Every file of the commit; `None` where the Hub cannot be reached."""
-        api = huggingface_hub.HfApi(library_name="eqxdiff")
-        try:
-            return api.list_repo_files(self._repository, revision=self._commit)
-        except errors.HfHubHTTPError as error:
-            raise self._explain(error, INDEX) from error
-        except NETWORK_ERRORS:
-            return None
-
-    def _explain(self, error: Exception, file: str) -> Exception:
-        return explain(error, self._repository, self._revision, file, offline=self._offline)
-
-
-def explain(
-    error: Exception, repository: str, revision: str | None, file: str, *, offline: bool
-) -> Exception:
-    """The one clear sentence for an exception of `huggingface_hub`, or the exception itself.
-
-    The Hub answers 401 to an anonymous and 403 to a known user; a gated repository has the error
-    code `GatedRepo`, and what a token lacks is told in the text alone.
-    """
-    page = f"https://huggingface.co/{repository}"
-    tokens = "https://huggingface.co/settings/tokens"
-    cause = error.__cause__
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        if isinstance(cause, errors.HfHubHTTPError):
-            return explain(cause, repository, revision, file, offline=offline)
-        if offline or isinstance(cause, errors.OfflineModeIsEnabled):
-            return SourceError(
-                f"{file} of {repository}{_at(revision)} is not in the local cache, and the Hub is "
-                "not asked because of offline mode (HF_HUB_OFFLINE); download it once while online."
-            )
-        return SourceError(
-            f"The Hub cannot be reached at {constants.ENDPOINT} and {file} of {repository}"
-            f"{_at(revision)} is not in the local cache; check the network, or give a local folder."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return SourceError(f"{repository} has no branch, tag or commit {revision!r}; see {page}.")
-    if isinstance(error, errors.EntryNotFoundError):
-        what = "which every model in the diffusers layout has" if file == INDEX else f"see {page}"
-        return SourceError(f"{repository}{_at(revision)} has no {file}, {what}.")
-    if isinstance(error, errors.HFValidationError):
-        return SourceError(f"{repository!r} is not a name that a Hub repository can have.")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error, repository, page, tokens)
-    if isinstance(error, NETWORK_ERRORS):
-        return SourceError(
-            f"The Hub cannot be reached at {constants.ENDPOINT} ({error}); check the network."
-        )
-    if isinstance(error, OSError):
-        return SourceError(
-            f"{file} of {repository} cannot be stored in {constants.HF_HUB_CACHE}: "
-            f"{error.strerror or error}."
-        )
-    return error
-
-
-def _explain_status(
-    error: errors.HfHubHTTPError, repository: str, page: str, tokens: str
-) -> SourceError:
-    status = error.response.status_code
-    said = f"{error.response.headers.get('X-Error-Message', '')} {error}".lower()
-    token = huggingface_hub.get_token() is not None
-    if "expired" in said:
-        return SourceError(f"Your Hub token has expired; make a new one at {tokens} and log in.")
-    if "invalid credentials" in said or ("invalid username or password" in said and token):
-        return SourceError(f"The Hub does not know your token; make a new one at {tokens}.")
-    if "fine-grained" in said:
-        return SourceError(
-            f"{repository} is gated and your fine-grained token may not read gated repositories; "
-            f"enable that for the token at {tokens}."
-        )
-    if isinstance(error, errors.GatedRepoError):
-        if status == 401 or not token:
-            return SourceError(
-                f"{repository} is gated and you are not logged in; accept its licence at {page}, "
-                "then run `hf auth login` or set HF_TOKEN."
-            )
-        return SourceError(
-            f"{repository} is gated and your account has no access to it; accept its licence at "
-            f"{page} with the account that your token belongs to."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        private = "the rights of your token" if token else "log in with `hf auth login`"
-        return SourceError(
-            f"There is neither a folder nor a Hub repository {repository}; check the spelling, or "
-            f"if it is private, {private}."
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return SourceError(f"{repository} has been disabled on the Hub; see {page}.")
-    if status == 429:
-        return SourceError("The Hub refuses more requests for now; wait some minutes, or log in.")
-    if status >= 500:
-        return SourceError(f"The Hub fails with status {status}; try again later.")
-    text = error.response.headers.get("X-Error-Message") or f"status {status}"
-    return SourceError(f"The Hub refuses {repository}: {text.rstrip('.')}; see {page}.")
-
-
-def _within(folder: str, name: str) -> str:
-    return "/".join(filter(None, (folder, name)))
-
-
-def _at(revision: str | None) -> str:
-    return "" if revision is None else f" at revision {revision}"
 
 
 class Source:
@@ -302,17 +46,17 @@ class Source:
         return self._store.identity
 
     def exists(self, file: str) -> bool:
-        """Whether there is such a file; it is not downloaded."""
+        """Tells whether there is such a file; it is not downloaded."""
         return self._store.exists(file)
 
     def path(self, file: str) -> Path:
-        """Where a file is on disk, downloaded if need be. **Raises:** `SourceError`."""
+        """Returns a file on disk, downloaded if need be. **Raises:** `SourceError`."""
         if not self._store.exists(file):
             raise SourceError(f"{self.name} has no {file}{self._store.hint}.")
         return self._store.paths([file])[0]
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """**Raises:** `SourceError` where it is missing, `ConfigError` where it is no object."""
+        """Reads a JSON object. **Raises:** `SourceError` where it is missing, `ConfigError`."""
         path = self.path(file)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -325,7 +69,7 @@ class Source:
         return fields
 
     def folder(self, part: str) -> Path:
-        """A component's folder on disk, with all its files but the weights.
+        """Fetches all files of a component but its weights, and returns their folder on disk.
 
         **Raises:** `SourceError`.
         """
@@ -335,7 +79,7 @@ class Source:
         return self._store.paths([_within(part, name) for name in files])[0].parent
 
     def weight_files(self, part: str, *, variant: str | None = None) -> list[str]:
-        """The safetensors file of a component, or the index of its shards and then the shards.
+        """Names the safetensors file of a component, or the index of its shards and the shards.
 
         **Arguments:**
 
@@ -374,7 +118,7 @@ class Source:
         return [_within(part, name) for name in (choice, *shards)]
 
     def tensors(self, part: str, *, variant: str | None = None) -> AbstractTensorSource:
-        """The weights of a component, downloaded if need be.
+        """Opens the weights of a component, downloaded if need be.
 
         **Arguments:** as of `weight_files`.
 
@@ -453,3 +197,7 @@ def open_source(
             "repository as OWNER/NAME."
         )
     return Source(Repository(repository, revision, offline=offline, first=first))
+
+
+def _within(folder: str, name: str) -> str:
+    return "/".join(filter(None, (folder, name)))

@@ -12,7 +12,8 @@ import numpy as np
 
 from .._errors import CheckpointError
 from ..checkpoint import Table, leaf_paths
-from ..checkpoint.plan import Shape, condense
+from ..checkpoint.listing import condense
+from ..checkpoint.plan import Shape
 from ..nn import Conv2d, Linear
 from .adapter import Adapter, Patch
 from .components import AdaptedComponent, NamedFamily, find_components, follow

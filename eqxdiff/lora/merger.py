@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import CheckpointError
 from ..checkpoint import leaf_paths
-from ..checkpoint.load import is_finite
+from ..checkpoint.cast import is_finite
 from ..checkpoint.plan import Move, Shape
 from ..tensors.source import Box
 from .components import follow

@@ -11,7 +11,9 @@ from huggingface_hub import constants
 
 from .._errors import SourceError
 from ..hub import Source, open_source
-from ..hub.source import REPOSITORY, Folder, explain
+from ..hub.explain import explain
+from ..hub.source import REPOSITORY
+from ..hub.stores import Folder
 from ..tensors import PICKLES, SafetensorsFile
 from .adapter import Adapter, parse_adapter
 from .components import NamedFamily

@@ -24,19 +24,19 @@ SPREADS = ("karras", "exponential", "beta", "ays")
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """All that is said of a setting besides its name, type and default.
+    """The declaration of a setting besides its name, type and default.
 
     **Fields:**
 
-    - `help`: what it does, in one sentence.
+    - `help`: what the setting does, in one sentence.
     - `panel`: where the command line shows it.
     - `low`, `high`: the bounds, both included.
     - `choices`: the values that it may have.
     - `flags`: further names on the command line.
-    - `absent`: what holds where nothing is given, in words.
+    - `absent`: the default where it is no value, in words.
     - `form`: how it is written on the command line: `"WIDTHxHEIGHT"`, `"TOP,LEFT"` or `"NUMBERS"`.
     - `guided`: whether it counts with classifier-free guidance alone.
-    - `a1111`: what a picture's `parameters` text says of a value, by the keys that A1111 reads.
+    - `a1111`: returns the pairs that a picture's `parameters` text has for a value.
     """
 
     help: str
@@ -71,13 +71,18 @@ class Settings:
     components: ClassVar[tuple[str, ...]] = ()
 
     steps: int = setting(
-        "Denoising steps.", "Sampling", default=1, low=1, high=1000, flags=("num_inference_steps",)
+        "The number of denoising steps.",
+        "Sampling",
+        default=1,
+        low=1,
+        high=1000,
+        flags=("num_inference_steps",),
     )
     height: int = setting(
-        "Height of the picture, in pixels.", "Picture", default=1024, low=1, flags=("H",)
+        "The height of the picture, in pixels.", "Picture", default=1024, low=1, flags=("H",)
     )
     width: int = setting(
-        "Width of the picture, in pixels.", "Picture", default=1024, low=1, flags=("W",)
+        "The width of the picture, in pixels.", "Picture", default=1024, low=1, flags=("W",)
     )
     strength: float | None = setting(
         "How much of the input picture is made anew, from 0 to 1: 1 ignores it.",
@@ -103,10 +108,10 @@ class GuidedSettings(Settings):
     """The settings of models that classifier-free guidance can guide."""
 
     negative_prompt: str | None = setting(
-        "What classifier-free guidance leads away from.",
+        "The prompt that classifier-free guidance leads away from.",
         "Guidance",
         flags=("n",),
-        absent="nothing",
+        absent="none",
         guided=True,
     )
     guidance_rescale: float | None = setting(
@@ -119,7 +124,7 @@ class GuidedSettings(Settings):
         a1111=lambda value: {"CFG Rescale phi": value},
     )
     guidance_start: float | None = setting(
-        "The part of all steps after which guidance begins to act.",
+        "The part of all steps, from 0 to 1, after which guidance begins to act.",
         "Guidance",
         low=0,
         high=1,
@@ -127,7 +132,7 @@ class GuidedSettings(Settings):
         guided=True,
     )
     guidance_end: float | None = setting(
-        "The part of all steps after which guidance no longer acts.",
+        "The part of all steps, from 0 to 1, after which guidance no longer acts.",
         "Guidance",
         low=0,
         high=1,
@@ -147,7 +152,7 @@ class SampledSettings(Settings):
     """The settings of models whose sampler and noise levels can be chosen."""
 
     sampler: str | None = setting(
-        "The solver; `eqxdiff samplers` lists them.", "Sampling", absent="the checkpoint's"
+        "The sampler; `eqxdiff samplers` lists them.", "Sampling", absent="the checkpoint's"
     )
     schedule: str | None = setting(
         "How the noise levels are spread between the largest and the smallest.",
@@ -184,10 +189,8 @@ def complete(cls: type[S], given: Mapping[str, Any], defaults: S, model: str) ->
         if name not in declared:
             near = difflib.get_close_matches(name, declared, 1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise SettingError(
-                f"{model} would ignore `{name}`, which is none of its settings.{hint} "
-                f"It takes {', '.join(sorted(declared))}."
-            )
+            takes = ", ".join(f"`{own}`" for own in sorted(declared))
+            raise SettingError(f"{model} would ignore `{name}`.{hint} It takes {takes}.")
         values[name] = _checked(name, value, hints[name], declared[name])
     if "sigmas" in values and "steps" not in values:
         values["steps"] = len(values["sigmas"]) - (values["sigmas"][-1:] == (0.0,))

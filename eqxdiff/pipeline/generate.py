@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 from PIL import Image as PILImage
 
 from .._errors import EqxdiffError, SettingError
@@ -96,8 +96,8 @@ def generate(
     mask_blur: float = 0.0,
     mask_crop: int | None = None,
     controls: Sequence[ControlImage] = (),
-    noise: Float[np.ndarray, "n c h w"] | None = None,
-    encode_noise: Float[np.ndarray, "n c h w"] | None = None,
+    noise: Float[Array | np.ndarray, "n c h w"] | None = None,
+    encode_noise: Float[Array | np.ndarray, "n c h w"] | None = None,
     hooks: Sequence[Hook] = (),
     progress: Progress | None = None,
     **given: Any,

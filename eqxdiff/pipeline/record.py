@@ -1,4 +1,4 @@
-"""What a PNG says about itself: A1111's `parameters` text and an `eqxdiff` JSON object."""
+"""The text in a PNG file: A1111's `parameters` and an `eqxdiff` JSON object."""
 
 import importlib.metadata
 import io
@@ -28,7 +28,7 @@ SCHEMA = 1
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what computes the picture."""
+    """Returns the versions of the packages that compute the picture."""
     return {name: importlib.metadata.version(name) for name in ("eqxdiff", "jax", "jaxlib")}
 
 
@@ -39,13 +39,13 @@ def run_record(
     inputs: Mapping[str, Any],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Returns what all pictures of a run have in common.
+    """Returns the facts that all pictures of a run have in common.
 
     **Arguments:**
 
     - `dtypes`: of the weights of each component, as loaded.
     - `noise`: the digest of the initial noise of all pictures, where it was given.
-    - `inputs`: by name, what is known of the input and control pictures.
+    - `inputs`: facts about the input and control pictures, by name.
     """
     seeds = {"source": "seed", "generator": "threefry2x32"}
     return {
@@ -55,7 +55,7 @@ def run_record(
         "dtype": dict(dtypes),
         "compute_dtype": str(blueprint.compute_dtype),
         "noise": seeds if noise is None else {"source": "file", "sha256": noise},
-        **{name: what for name, what in inputs.items() if what},
+        **inputs,
         **({"loras": blueprint.adapters.record()} if blueprint.adapters is not None else {}),
         "batch_size": batch_size,
         "device": jax.devices()[0].device_kind,
@@ -119,6 +119,7 @@ def _number(scale: jax.Array) -> str:
 
 
 def quote(value: Any) -> str:
+    """Spells a value of the last line, as a JSON string where it would be misread."""
     text = str(value)
     plain = text and text == text.strip() and not any(mark in text for mark in ',:\n"')
     return text if plain else json.dumps(text, ensure_ascii=False)

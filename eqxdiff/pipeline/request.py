@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from .._errors import PromptError, SettingError
 from ..models import Control, check_range
@@ -81,8 +81,8 @@ class Request:
     mask_blur: float = 0.0
     mask_crop: int | None = None
     controls: Sequence[ControlImage] = ()
-    noise: Float[np.ndarray, "c h w"] | None = None
-    encode_noise: Float[np.ndarray, "c h w"] | None = None
+    noise: Float[Array | np.ndarray, "c h w"] | None = None
+    encode_noise: Float[Array | np.ndarray, "c h w"] | None = None
 
     @classmethod
     def make(cls, prompt: str | Encoded, **given: Any) -> "Request":
@@ -157,6 +157,6 @@ def check_noise(name: str, noise: Any, shape: tuple[int, ...]) -> None:
     """**Raises:** `SettingError` where injected noise is misshapen or not finite."""
     noise = np.asarray(noise)
     if noise.shape != shape:
-        raise SettingError(f"The `{name}` has the shape {noise.shape}; these images need {shape}.")
+        raise SettingError(f"`{name}` has the shape {noise.shape}; these images need {shape}.")
     if not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
-        raise SettingError(f"The `{name}` is not made of finite floating point numbers.")
+        raise SettingError(f"`{name}` is not made of finite floating point numbers.")

@@ -50,7 +50,7 @@ class _Damaged(Exception):
 
 
 def open_flax(path: str | os.PathLike[str], name: str | None = None) -> AbstractTensorSource:
-    """The tensors of a `flax_model.msgpack`, named and laid out as in PyTorch.
+    """Opens a `flax_model.msgpack`. Its tensors are named and laid out as in PyTorch.
 
     **Raises:** `CheckpointError` where it is damaged.
     """

@@ -36,7 +36,7 @@ STORAGES = {
 }
 
 IGNORED = ("numpy", "pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "_codecs")
-"""Packages of what training leaves in its files besides tensors: it is passed over, not made."""
+"""Packages whose objects training leaves in its files besides tensors: they are passed over."""
 
 MOST_PICKLE_BYTES = 100_000_000
 MOST_SHARING = 2
@@ -50,7 +50,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the pickle says of a tensor."""
+    """A tensor as the pickle describes it: a part of a storage."""
 
     storage: Storage
     start: int
@@ -137,7 +137,7 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIss
 
 
 def open_pickle(path: str | os.PathLike[str], name: str | None = None) -> AbstractTensorSource:
-    """The tensors of a `.ckpt`, `.bin`, `.pt` or `.pth` file of PyTorch 1.6 or later.
+    """Opens the tensors of a `.ckpt`, `.bin`, `.pt` or `.pth` file of PyTorch 1.6 or later.
 
     Of a dictionary with a `state_dict` these are the tensors of that one.
 
@@ -200,7 +200,7 @@ def _tensors(tree: Any) -> dict[str, View]:
 
 
 def _entry(name: str, tensor: View, member: zipfile.ZipInfo, file: RawFile) -> Entry:
-    """Where a tensor lies, whose axes may be stored in another order but without gaps."""
+    """Returns the place of a tensor. Its axes may be stored in another order, but without gaps."""
     shape, strides, dtype = tensor.shape, tensor.strides, tensor.storage.dtype
     order = sorted(range(len(shape)), key=lambda i: (-strides[i], shape[i] == 1, i))
     expected = 1

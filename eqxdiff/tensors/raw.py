@@ -25,7 +25,7 @@ class RawFile:
     """An open file. It is closed when the last reference to it goes."""
 
     def __init__(self, path: str | os.PathLike[str], name: str):
-        """`name` is what errors call it. **Raises:** `CheckpointError`."""
+        """Opens the file, which errors call `name`. **Raises:** `CheckpointError`."""
         self.name = name
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -37,7 +37,7 @@ class RawFile:
         self.size = os.fstat(self._file).st_size
 
     def bytes(self, offset: int, length: int) -> bytes:
-        """**Raises:** `CheckpointError` where the file ends before."""
+        """Reads bytes. **Raises:** `CheckpointError` where the file ends too early."""
         data = np.empty(length, np.uint8)
         self.fill(offset, data)
         return data.tobytes()
@@ -101,7 +101,7 @@ class RawSource(AbstractTensorSource):
     """The tensors of a file that keeps them as they are in memory."""
 
     def __init__(self, file: RawFile, entries: Mapping[str, Entry]):
-        """**Raises:** `CheckpointError` where an entry does not lie within the file."""
+        """Checks the entries. **Raises:** `CheckpointError` where one lies beyond the file."""
         for name, entry in entries.items():
             if entry.offset < 0 or entry.offset + entry.stored.nbytes > file.size:
                 raise CheckpointError(f"{file.name} is truncated: {name} lies beyond its end.")

@@ -199,7 +199,7 @@ def _naturals(value: Any) -> bool:
 
 
 def _not_safetensors(head: bytes) -> str:
-    """What the file is instead, by its first eight bytes."""
+    """Says by its first eight bytes what the file is instead."""
     if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80\x02"):
         return "it is a PyTorch pickle"
     if head.startswith(b"version "):
@@ -220,7 +220,7 @@ def _too_long(length: int, size: int) -> str:
 def merge_shards(
     weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], name: str
 ) -> AbstractTensorSource:
-    """The tensors of a sharded checkpoint, which must be as its index says.
+    """Joins the tensors of a sharded checkpoint, which must be as its index says.
 
     **Arguments:**
 
@@ -249,7 +249,7 @@ def merge_shards(
 
 
 def read_index(text: bytes | str, name: str) -> dict[str, str]:
-    """The `weight_map` of a `*.safetensors.index.json`: tensor name -> file beside the index.
+    """Reads the `weight_map` of an index of shards: tensor name -> file beside the index.
 
     **Raises:** `CheckpointError`.
     """

@@ -12,16 +12,16 @@ from .source import AbstractTensorSource, Box, TensorInfo, show
 
 
 SCALES = {"scale_weight": "weight", "weight_scale": "weight"}
-"""How the scale of a weight is called, beside it."""
+"""The name of a scale -> the name of the weight beside it."""
 
 UNUSED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
-"""For computing in 8 bits, which is not done here."""
+"""Names of what serves to compute in 8 bits: eqxdiff computes in wider numbers."""
 
 EIGHT_BITS = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
 def dequantised(tensors: AbstractTensorSource) -> AbstractTensorSource:
-    """The same tensors, those in 8 bits multiplied by their scales; all others are untouched.
+    """Multiplies the tensors in 8 bits by their scales, and leaves all others untouched.
 
     **Raises:** `CheckpointError` where a scale belongs to nothing, or to what is not in 8 bits.
     """
@@ -39,7 +39,10 @@ def dequantised(tensors: AbstractTensorSource) -> AbstractTensorSource:
 
 
 class Dequantised(AbstractTensorSource):
-    """What `dequantised` returns. A scaled tensor is read in float32 and kept in bfloat16."""
+    """The source that `dequantised` returns.
+
+    A scaled tensor is read in float32 and kept in bfloat16.
+    """
 
     def __init__(self, source: AbstractTensorSource, scales: Mapping[str, str]):
         infos = source.tensors
@@ -72,7 +75,7 @@ class Dequantised(AbstractTensorSource):
 
     @staticmethod
     def _check_kinds(source: AbstractTensorSource) -> None:
-        """**Raises:** `CheckpointError` for weights in another format than float8."""
+        """Refuses other formats than float8. **Raises:** `CheckpointError`."""
         for name, info in source.tensors.items():
             if name.rpartition(".")[2] != "comfy_quant" or info.nbytes > 4096:
                 continue

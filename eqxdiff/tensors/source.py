@@ -1,4 +1,4 @@
-"""Where tensors come from: names, shapes, dtypes, and reading a part of one into given memory."""
+"""The interface of a file of tensors: names, shapes, dtypes, and reading a box of a tensor."""
 
 import abc
 import dataclasses
@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """The shape and the dtype of a tensor, known without reading it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,9 +35,9 @@ class AbstractTensorSource(abc.ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating point dtype that most bytes are in; float32 where there are none.
+        """The floating point dtype of most bytes; float32 where no tensor is floating point.
 
-        It is bfloat16 in place of any of 8 bits, which norms and biases would not bear.
+        It is bfloat16 in place of a dtype of 8 bits, which is too coarse for norms and biases.
         """
         sizes: dict[np.dtype, int] = {np.dtype(np.float32): 0}
         for name, info in self.tensors.items():
@@ -48,7 +48,7 @@ class AbstractTensorSource(abc.ABC):
         return dtype if dtype.itemsize > 1 else np.dtype(jnp.bfloat16)
 
     def dtype_of(self, name: str) -> np.dtype:
-        """What a tensor is best kept in, which may be narrower than what it is read in."""
+        """Returns the dtype that suits a tensor: it may be narrower than the one it is read in."""
         return self.tensors[name].dtype
 
     @abc.abstractmethod

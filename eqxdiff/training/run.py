@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError, TrainingError
+from ..pipeline import cuts
 from .batches import Batches, image_batches, latent_batches
 from .config import TrainConfig
 from .data import read_folder, read_image
 from .objectives import make_objective
 from .optimizer import make_optimizer, matrix_axes
-from .samples import write_samples
+from .samples import sample_jobs, write_samples
 from .saving import load_state, read_facts, save_state, saved_states
 from .step import Task, TrainState, train_step
 from .studio import encode_images, measured, open_studio, write_model
@@ -67,6 +68,9 @@ def train(
         latents = encode_images(studio.vae, images)
         note("tokenizing the captions")
         batches = latent_batches(studio, config, examples, latents)
+    jobs = sample_jobs(studio, config)
+    for cut in cuts(jobs):
+        note(f"sample.prompts: {cut}")
     axes = matrix_axes(params, studio.blueprint.components, config.optimizer.adam)
     task = Task(
         studio.frozen,
@@ -86,7 +90,8 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     log = Log(output / LOG, int(state.step))
     whole = lambda state: eqx.combine(state.averaged, studio.frozen)
-    show = lambda state: write_samples(studio, config, whole(state), images, output / SAMPLES)
+    shown = images[np.linspace(0, len(images) - 1, config.sample.count).astype(int)]
+    show = lambda state: write_samples(studio, jobs, whole(state), shown, output / SAMPLES)
     state = _loop(config, task, state, batches, log, output / STATES, report, show)
     modules = whole(state)
     if studio.vae is None:

@@ -1,6 +1,6 @@
 """Sample pictures of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +10,53 @@ from jaxtyping import Float
 from PIL import Image
 
 from .._errors import CheckpointError
-from ..pipeline import Pipeline, generate, to_bytes
+from ..pipeline import Job, Pipeline, expand, generate_each, make_jobs, to_bytes
 from .config import TrainConfig
 from .studio import Studio, reconstruct
 
 
+def sample_jobs(studio: Studio, config: TrainConfig) -> list[Job]:
+    """Makes the jobs of the sample prompts, before training begins: none for an autoencoder.
+
+    **Raises:** `SettingError`, `PromptError`.
+    """
+    sample, data = config.sample, config.data
+    if studio.vae is None or not sample.prompts:
+        return []
+    given: dict[str, Any] = {"cfg": sample.cfg} if sample.cfg > 1 else {}
+    given |= {"steps": sample.steps, "height": data.height, "width": data.width}
+    given["max_sequence_length"] = data.max_sequence_length
+    requests = expand(sample.prompts, seed=sample.seed, num_images=1, given=given)
+    return make_jobs(studio.blueprint, requests)
+
+
 def write_samples(
     studio: Studio,
-    config: TrainConfig,
+    jobs: Sequence[Job],
     modules: Mapping[str, Any],
     images: Float[np.ndarray, "n H W 3"],
     folder: Path,
 ) -> Path | None:
     """Writes a sheet of sample pictures under the next free number.
 
-    A denoiser draws the prompts. An autoencoder is shown by images, each beside its reconstruction.
+    **Arguments:**
 
-    **Returns:** the path, or `None` where the config has no prompts.
+    - `jobs`: the pictures that a denoiser draws.
+    - `images`: the images that an autoencoder reconstructs, each shown beside its reconstruction.
+
+    **Returns:** the path, or `None` where there are no jobs.
 
     **Raises:** `CheckpointError` where the sheet cannot be written.
     """
-    sample = config.sample
     if studio.vae is None:
-        chosen = images[np.linspace(0, len(images) - 1, sample.count).astype(int)]
-        made = np.asarray(reconstruct(modules["vae"], jnp.asarray(chosen)))
-        pictures = np.stack([chosen / 2 + 0.5, made], axis=1).reshape(-1, *chosen.shape[1:])
-    elif not sample.prompts:
+        made = np.asarray(reconstruct(modules["vae"], jnp.asarray(images)))
+        pictures = np.stack([images / 2 + 0.5, made], axis=1).reshape(-1, *images.shape[1:])
+    elif not jobs:
         return None
     else:
-        data = config.data
-        given: dict[str, Any] = {"cfg": sample.cfg} if sample.cfg > 1 else {}
-        pictures = generate(
-            Pipeline({**modules, "vae": studio.vae}, studio.blueprint),
-            sample.prompts,
-            seed=sample.seed,
-            batch_size=len(sample.prompts),
-            steps=sample.steps,
-            height=data.height,
-            width=data.width,
-            max_sequence_length=data.max_sequence_length,
-            **given,
-        ).arrays
+        pipe = Pipeline({**modules, "vae": studio.vae}, studio.blueprint)
+        made = generate_each(pipe, jobs, batch_size=len(jobs))
+        pictures = np.stack([each.array for each in made if each.array is not None])
     path = folder / f"{len(list(folder.glob('*.png'))):04d}.png"
     try:
         folder.mkdir(exist_ok=True)

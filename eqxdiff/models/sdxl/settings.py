@@ -11,7 +11,7 @@ from ..unet.settings import UNetSettings
 class SDXLSettings(UNetSettings):
     """The settings of Stable Diffusion, a prompt for the second encoder, and sizes.
 
-    SDXL is told which size a picture once had, what was cut off, and which size it has
+    SDXL is conditioned on the original size of a picture, on its crop and on its size
     (https://arxiv.org/abs/2307.01952, section 2.2). Sizes are height and width, in pixels.
     """
 
@@ -31,19 +31,19 @@ class SDXLSettings(UNetSettings):
         a1111=lambda value: {"Negative prompt 2": value},
     )
     original_size: tuple[int, int] | None = setting(
-        "The size that the model is told the picture once had.",
+        "The original size of the picture, as a condition of the model.",
         "Picture",
         form="WIDTHxHEIGHT",
         absent="the picture's",
     )
     crop: tuple[int, int] | None = setting(
-        "What the model is told was cut off at the top and on the left, in pixels.",
+        "The pixels cut off at the top and on the left, as a condition of the model.",
         "Picture",
         form="TOP,LEFT",
         absent="0,0",
     )
     target_size: tuple[int, int] | None = setting(
-        "The size that the model is told the picture has.",
+        "The size of the picture, as a condition of the model.",
         "Picture",
         form="WIDTHxHEIGHT",
         absent="the picture's",

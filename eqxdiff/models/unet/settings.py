@@ -20,14 +20,14 @@ class UNetSettings(GuidedSettings, SampledSettings, TiledSettings):
         absent="none",
     )
     clip_skip: int | None = setting(
-        "How many of CLIP's last layers to leave out besides those that the model leaves out.",
+        "The number of CLIP's last layers to leave out, besides those that the model leaves out.",
         "Guidance",
         low=0,
         absent="0",
         a1111=lambda value: {"Clip skip": 1 + value},
     )
     timestep_spacing: str | None = setting(
-        "How the timesteps of the steps are laid out.",
+        "How the timesteps are spaced.",
         "Sampling",
         choices=("leading", "trailing", "linspace"),
         absent="the checkpoint's",
@@ -41,7 +41,7 @@ class UNetSettings(GuidedSettings, SampledSettings, TiledSettings):
         a1111=lambda value: {"Eta": value},
     )
     prediction_type: str | None = setting(
-        "What the network predicts, in place of what the checkpoint says.",
+        "The quantity that the network predicts.",
         "Sampling",
         choices=("epsilon", "v_prediction", "sample"),
         absent="the checkpoint's",
