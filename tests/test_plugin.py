@@ -1,5 +1,6 @@
 """A family of another package, found by its entry point, through the unchanged rest."""
 
+import ast
 import importlib
 import json
 import re
@@ -18,7 +19,7 @@ from PIL import Image
 import eqxdiff
 from eqxdiff.checkpoint import leaf_paths
 from eqxdiff.convert.example import write_example
-from eqxdiff.models import find_model
+from eqxdiff.models import FAMILIES, find_model
 from eqxdiff.sharding import logical_axes
 from eqxdiff.vae import AutoencoderKL
 
@@ -95,13 +96,9 @@ def test_it_is_listed_with_its_settings(cli):
 def test_help_shows_its_settings_and_components(cli, monkeypatch):
     for name, value in SHOWN.items():
         monkeypatch.setenv(name, value)
-    lines = cli("generate", "--help").out.splitlines()
-    (bold,) = (line for line in lines if "--boldness" in line)
-    assert "How strongly the lines are drawn." in bold
-    assert "[default: (1)]" in bold
-    (painter,) = (line for line in lines if "--painter" in line)
-    assert "Another painter: a file" in painter
-    assert "model's own" in painter
+    text = re.sub(r"[\s│]+", " ", cli("generate", "--help").out)
+    assert "--boldness FLOAT How strongly the lines are drawn. [default: 1]" in text
+    assert "--painter SPEC Read the painter from a file, folder, repository" in text
 
 
 def test_random_writes_a_folder_that_generate_takes(cli, tmp_path, drawing):
@@ -188,7 +185,7 @@ def test_a_picture_is_made_from_another(draw, photo):
         (("--boldness", 3), "--boldness 3.0 is out of range: it is from 0 to 2"),
         (("--words", 1), "--words 1 is out of range: it is from 2 to 64"),
         (("--negative-prompt", "x"), "would ignore --negative-prompt without"),
-        (("--sampler", "heun"), "sketch-small would ignore --sampler, which is none of its"),
+        (("--sampler", "heun"), "sketch-small would ignore --sampler. It takes --boldness, --g"),
         (("--vae-tiling",), "sketch-small would ignore --vae-tiling"),
         (("--unet", "x"), "sketch-small has no component unet: it has scribe, painter, press"),
         (("--width", 30), "The width 30 is not a multiple of 4"),
@@ -263,7 +260,7 @@ def test_what_is_left_over_in_a_single_file_is_named(cli, drawing, tmp_path):
 # ---------------------------------------------------------------- adapters
 
 
-def kohya(prefixes: bool = True) -> dict[str, np.ndarray]:
+def kohya() -> dict[str, np.ndarray]:
     """A LoRA of rank 2 as kohya's scripts name it, with a fused layer of the single file."""
     layers = {
         "lora_painter_blocks_0_to_q": (32, 32),
@@ -274,7 +271,7 @@ def kohya(prefixes: bool = True) -> dict[str, np.ndarray]:
     for name, (rows, columns) in layers.items():
         tensors[f"{name}.lora_up.weight"] = fake_tensor(f"{name}.up", (rows, 2), 4)
         tensors[f"{name}.lora_down.weight"] = fake_tensor(f"{name}.down", (2, columns), 4)
-        tensors[f"{name}.alpha"] = np.float32(2)
+        tensors[f"{name}.alpha"] = np.array(2, np.float32)
     return tensors
 
 
@@ -411,3 +408,68 @@ def test_a_picture_begins_with_another(pipe):
     part = eqxdiff.generate(pipe, "a cat", seed=3, image=picture, mask=mask).latents[0]
     assert relative_error(part[:, :, :4], clean[:, :, :4]) < 1e-5
     assert relative_error(part[:, :, 4:], clean[:, :, 4:]) > 0.1
+
+
+# ---------------------------------------------------------------- and the rest names no family
+
+
+ALLOWED = {
+    ("eqxdiff/vae/", "vae"): "the room of this autoencoder: its tables, and what its config is of",
+    ("eqxdiff/text/", "text_encoder"): "what errors call the configs of CLIP and T5",
+    ("eqxdiff/text/", "text_encoder_2"): "likewise",
+    ("eqxdiff/text/", "transformer"): "a tensor of OpenCLIP",
+    ("eqxdiff/pipeline/", "vae"): "the name of a stage, whatever the component in it is called",
+    ("eqxdiff/training/", "vae"): "training makes this autoencoder, by the name that all give it",
+    ("eqxdiff/models/_lora.py", "unet"): "a prefix that trainers give the denoiser of any family",
+    ("eqxdiff/models/_lora.py", "transformer"): "a prefix that trainers give CLIP in any family",
+    ("eqxdiff/sampling/spacing.py", "sd"): "the name that a published table has",
+    ("eqxdiff/sampling/spacing.py", "sdxl"): "likewise",
+    ("eqxdiff/tensors/flax.py", "transformer"): "lists of layers in Flax, which have numbers there",
+}
+"""File or folder, and a word that it may have, and why."""
+
+
+def words_of_families() -> set[str]:
+    """The names of the families of this package, of their models and of their components."""
+    words = {"flux", "sd15", "sdxl", "unet", "transformer", "text_encoder"}
+    for family in FAMILIES:
+        words |= {family.name, *family.presets, *family.components}
+    return words
+
+
+def spoken(tree: ast.AST) -> list[str]:
+    """The string constants of a file but for docstrings and the help of options."""
+    silent = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            silent.add(node.value)
+        if isinstance(node, ast.keyword) and node.arg == "help":
+            silent |= set(ast.walk(node.value))
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return [c.value for c in constants if isinstance(c.value, str) and c not in silent]
+
+
+def test_nothing_outside_the_families_names_one():
+    words, found = words_of_families(), []
+    inside = {path.parent for path in PACKAGE.glob("models/*/*.py")}
+    assert {path.name for path in inside} == {"flux1", "sd", "sdxl", "unet"}
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent not in inside]
+    for path in [*files, *CLI.glob("*.py")]:
+        name = path.relative_to(CLI.parent).as_posix()
+        for text in spoken(ast.parse(path.read_text())):
+            for word in words:
+                if re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", text.lower()):
+                    found.append((name, word, text))
+    used = {key for key in ALLOWED for name, word, _ in found if is_allowed(key, name, word)}
+    assert used == set(ALLOWED), "an exception that nothing needs"
+    assert not [one for one in found if not any(is_allowed(key, one[0], one[1]) for key in ALLOWED)]
+
+
+def is_allowed(key: tuple[str, str], name: str, word: str) -> bool:
+    return name.startswith(key[0]) and word == key[1]
+
+
+def test_the_scan_sees_a_name():
+    """Also one within another, but not one that help or a docstring gives as an example."""
+    code = '"""unet"""\nOption(help="flux-dev")\nx = f"{y}/text_encoder_2"\nz["lora_unet_"]\n'
+    assert spoken(ast.parse(code)) == ["/text_encoder_2", "lora_unet_"]
