@@ -307,7 +307,7 @@ def test_help_needs_no_jax():
 def test_the_package_exports_what_its_type_checker_sees(name):
     package = importlib.import_module(name)
     seen = {
-        (node.module, alias.asname)
+        ("." * (node.level - 1) + node.module, alias.asname)
         for node in ast.walk(ast.parse(Path(package.__file__).read_text()))
         if isinstance(node, ast.ImportFrom) and node.level and node.module
         for alias in node.names
@@ -316,7 +316,7 @@ def test_the_package_exports_what_its_type_checker_sees(name):
     lazy = {(home, each) for home, names in package._HOMES.items() for each in names}
     assert lazy == {(home, each) for home, each in seen if home in package._HOMES}
     for home, each in seen:
-        module = importlib.import_module(f"{name}.{home}")
+        module = importlib.import_module(f".{home}", name)
         assert getattr(package, each) is getattr(module, each)
         if name == "eqxdiff":
             assert each in dir(package)
