@@ -1,4 +1,4 @@
-"""Every convention of pictures from pictures, broken one at a time: each must fail a parity test."""
+"""Every convention of pictures from pictures, broken one at a time: each must fail a test."""
 
 import pytest
 from mutate import mutated, read_mutations
