@@ -1,4 +1,6 @@
+import gc
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +17,21 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("eqxdiff", "typecheck.check")
+
+
+MOST_MAPPINGS = 25_000
+"""Each compiled program takes some memory mappings, of which Linux gives a process 65,530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spare_mappings():
+    """Frees compiled programs between test files, before the process has too many mappings: then
+    the compiler would crash."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

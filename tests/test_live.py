@@ -53,6 +53,8 @@ def record(script, tmp_path, monkeypatch):
     """Runs a script, whose files go to `tmp_path`."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
+    if script == "lora":
+        pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(REFERENCE))
     (tmp_path / "fixtures").mkdir()
     (tmp_path / "manifests").mkdir()
@@ -77,7 +79,9 @@ def compare(new, old):
             continue  # a measure of noise
         if old[key].dtype.kind in "fc":
             scale = np.abs(old[key]).max() + 1e-30
-            assert np.abs(new[key] - old[key]).max() < 1e-5 * scale, key
+            rounding = float(old[f"{key}/rounding"]) if f"{key}/rounding" in old else 0.0
+            bound = max(1e-5, 5 * rounding)  # what the reference itself loses to float32
+            assert np.abs(new[key] - old[key]).max() < bound * scale, key
         elif old[key].dtype.kind in "SU":
             assert json.dumps(str(new[key])) == json.dumps(str(old[key])), key
         else:

@@ -1,10 +1,11 @@
 """Tiny checkpoints as data: `example.json` in a family's folder, and tokenizers of few tokens."""
 
-import importlib.resources
 import json
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from typing import Any
+
+from ..text.examples import example_tokenizer
 
 
 def read_example(file: Traversable, model: str) -> Mapping[str, str]:
@@ -19,14 +20,12 @@ def read_example(file: Traversable, model: str) -> Mapping[str, str]:
     example = json.loads(file.read_text(encoding="utf-8"))
     texts: dict[str, str] = {}
     fields: dict[str, dict[str, Any]] = {}
-    tokenizers = importlib.resources.files("eqxdiff.text") / "example"
     for folder, kind in example["tokenizers"].items():
-        for source in (tokenizers / kind).iterdir():
-            text = source.read_text(encoding="utf-8")
-            if source.name.endswith(".json"):
-                fields[f"{folder}/{source.name}"] = json.loads(text)
+        for name, text in example_tokenizer(kind).items():
+            if name.endswith(".json"):
+                fields[f"{folder}/{name}"] = json.loads(text)
             else:
-                texts[f"{folder}/{source.name}"] = text
+                texts[f"{folder}/{name}"] = text
     for change in (example["files"], example["models"].get(model, {})):
         for path, own in change.items():
             fields[path] = {**fields.get(path, {}), **own}

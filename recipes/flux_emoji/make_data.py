@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from eqxdiff.text import tiny as tiny_text
+from eqxdiff.text import example_tokenizer
 from eqxdiff.text.tokenizer import CLIP_WORDS
 
 
@@ -143,7 +143,7 @@ def write_pictures(folder: Path, emoji: list[Emoji], held_out: set[tuple[str, st
 
 def clip_files(texts: list[str]) -> dict[str, str]:
     """Trains a CLIP tokenizer: it merges pairs of bytes that are frequent in the texts."""
-    files = dict(tiny_text.clip_files())
+    files = example_tokenizer("clip")
     *alphabet, start, end = json.loads(files["vocab.json"])
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     split = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
@@ -166,7 +166,7 @@ def clip_files(texts: list[str]) -> dict[str, str]:
 
 def t5_files(texts: list[str]) -> dict[str, str]:
     """Makes a T5 tokenizer: the words of the texts by frequency, and all printable ASCII."""
-    files = dict(tiny_text.t5_files())
+    files = example_tokenizer("t5")
     backend = json.loads(files["tokenizer.json"])
     letters = {piece: score - 20.0 for piece, score in backend["model"]["vocab"][3:98]}
     counts = collections.Counter(piece for text in texts for piece in _pieces(text))

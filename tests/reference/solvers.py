@@ -154,5 +154,9 @@ def scale(scheduler, index: int):
     return (scheduler.sigmas[index] ** 2 + 1) ** 0.5
 
 
-if __name__ == "__main__":
+def main() -> None:
     np.savez_compressed(TESTS / "fixtures" / "solvers.npz", **flow(), **discrete())
+
+
+if __name__ == "__main__":
+    main()
