@@ -9,12 +9,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import typecheck as typecheck
-from helpers import compiled_fast
+from compiling import FAST, compiled_fast
 from jaxtyping import install_import_hook
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("eqxdiff", "typecheck.check")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level_of_module(request):
+    """Less time in the compiler for some modules, their own fixtures included."""
+    with compiled_fast(request.module.__name__ in FAST):
+        yield
 
 
 @pytest.fixture
