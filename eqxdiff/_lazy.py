@@ -11,7 +11,7 @@ def lazy(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], An
     **Arguments:**
 
     - `homes`: module of the package -> the names that it gives to the package. The modules
-        themselves are names, too.
+        themselves are names, too. A dot before a module means the package around this one.
     """
 
     def get(name: str) -> Any:

@@ -461,6 +461,22 @@ def test_a_model_that_cannot_be_begun_is_one_clear_error(world, tmp_path, fields
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "problem"),
+    [
+        ("data", {"height": 17}, "data: The height 17 is not a multiple"),
+        ("sample", {"steps": 2000}, "sample: `steps` 2000 is out of range"),
+    ],
+)
+def test_settings_that_the_model_refuses_end_a_run_before_it_begins(
+    world, tmp_path, section, fields, problem
+):
+    config = changed(read_config(world / "flux.toml"), **{section: fields})
+    with pytest.raises(SettingError, match=problem):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_explodes_ends_the_run(world, tmp_path, monkeypatch):
     """After the first state, which stays."""
 

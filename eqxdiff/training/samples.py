@@ -12,7 +12,7 @@ from PIL import Image
 from .._errors import CheckpointError
 from ..pipeline import Job, Pipeline, expand, generate_each, make_jobs, to_bytes
 from .config import TrainConfig
-from .studio import Studio, reconstruct
+from .studio import Studio, blaming, reconstruct
 
 
 def sample_jobs(studio: Studio, config: TrainConfig) -> list[Job]:
@@ -26,8 +26,9 @@ def sample_jobs(studio: Studio, config: TrainConfig) -> list[Job]:
     given: dict[str, Any] = {"cfg": sample.cfg} if sample.cfg > 1 else {}
     given |= {"steps": sample.steps, "height": data.height, "width": data.width}
     given["max_sequence_length"] = data.max_sequence_length
-    requests = expand(sample.prompts, seed=sample.seed, num_images=1, given=given)
-    return make_jobs(studio.blueprint, requests)
+    with blaming("sample"):
+        requests = expand(sample.prompts, seed=sample.seed, num_images=1, given=given)
+        return make_jobs(studio.blueprint, requests)
 
 
 def write_samples(

@@ -1,10 +1,11 @@
 """The model that a run trains: opened, its images encoded and decoded, and written as a folder."""
 
+import contextlib
 import dataclasses
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +79,24 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
     settings = None
     if vae is not None:
         names = ("height", "width", "max_sequence_length")
-        settings = blueprint.resolve({name: getattr(data, name) for name in names})
-    zero = _select(modules, model.zero, "model.zero")
+        with blaming("data"):
+            settings = blueprint.resolve({name: getattr(data, name) for name in names})
+    with blaming("model.zero"):
+        zero = select(modules, model.zero)
     modules = jax.tree.map(lambda x, wanted: jnp.zeros_like(x) if wanted else x, modules, zero)
     if model.remat:
         modules = {name: with_remat(module) for name, module in modules.items()}
-    params, frozen = eqx.partition(modules, _select(modules, model.train, "model.train"))
+    with blaming("model.train"):
+        params, frozen = eqx.partition(modules, select(modules, model.train))
     return Studio(blueprint, frozen, vae, settings), params
 
 
-def _select(modules: Mapping[str, Any], patterns: tuple[str, ...], key: str) -> PyTree:
-    """Selects leaves, as `select` does. **Raises:** `SettingError` that names the key."""
+@contextlib.contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Puts a key of the config before the message of an error. **Raises:** `SettingError`."""
     try:
-        return select(modules, patterns)
-    except ValueError as error:
+        yield
+    except (SettingError, ValueError) as error:
         raise SettingError(f"{key}: {error}") from None
 
 
