@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import typecheck as typecheck
-from helpers import compiled_fast
+from compiling import FAST, compiled_fast
 from jaxtyping import install_import_hook
 
 
@@ -32,6 +32,13 @@ def _spare_mappings():
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level_of_module(request):
+    """Less time in the compiler for some modules, their own fixtures included."""
+    with compiled_fast(request.module.__name__ in FAST):
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from compiling import compiled_fast as compiled_fast
 
 from eqxdiff.checkpoint import export_infos, read_table
 from eqxdiff.models import find_model
@@ -101,29 +102,6 @@ def write_checkpoint(
         metadata = {"format": "pt"}
         safetensors.numpy.save_file(tensors, folder / name / f"{stem}.safetensors", metadata)
     return folder
-
-
-LEVEL = jax.make_user_context()
-"""Part of the key of everything that JAX compiles."""
-
-
-@contextlib.contextmanager
-def compiled_fast(fast: bool = True):
-    """Lets XLA leave out most optimisations, which take most of the time of many tests.
-
-    Within it nothing is run that was compiled outside, and the other way round.
-
-    **Arguments:**
-
-    - `fast`: whether to do so, or to compile as users do.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", fast)
-    try:
-        with LEVEL("fast" if fast else None):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextlib.contextmanager

@@ -147,3 +147,11 @@ def test_nothing_imports_the_command_line():
     ]
     for path in (REPOSITORY / "benchmarks").rglob("*.py"):
         assert not any("cli" in module.split(".") for _, module, _ in imports(path)), path
+
+
+def test_types_are_checked_in_tests():
+    """The hook is in place before anything of the package is imported."""
+    from eqxdiff.nn import rope
+
+    with pytest.raises(TypeError, match="positions"):
+        rope("three", (2,), theta=1.0)
