@@ -11,7 +11,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from eqxdiff.checkpoint import export_infos, export_tensors, load_module, read_table
 from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
-from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
+from eqxdiff.models.flux1.conditioning import FluxShared
+from eqxdiff.models.flux1.predictor import FluxPredictor
 from eqxdiff.nn import Linear
 from eqxdiff.sampling import X0, Conditioned, Denoiser, Epsilon, Flow, Row, VPrediction
 from eqxdiff.sampling.discrete import DiscreteSchedulerConfig, alphas_cumprod
