@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from eqxdiff.text import tiny as tiny_text
+from eqxdiff.models import find_model
 from eqxdiff.text.tokenizer import CLIP_WORDS
 
 
@@ -141,17 +141,29 @@ def write_pictures(folder: Path, emoji: list[Emoji], held_out: set[tuple[str, st
     return texts
 
 
+def tiny_files(folder: str) -> dict[str, str]:
+    """Reads the texts of a tokenizer of few tokens, by name: the recipe changes its vocabulary."""
+    family, _ = find_model("flux-schnell")
+    files = family.example("flux-schnell").items()
+    return {Path(path).name: text for path, text in files if Path(path).parent.name == folder}
+
+
 def clip_files(texts: list[str]) -> dict[str, str]:
     """Trains a CLIP tokenizer: it merges pairs of bytes that are frequent in the texts."""
-    files = dict(tiny_text.clip_files())
+    files = tiny_files("tokenizer")
     *alphabet, start, end = json.loads(files["vocab.json"])
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     split = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # The order of the characters decides between pairs of one frequency. The trainer takes the ends
+    # of words in another order in each run, unless they are given.
     trainer = trainers.BpeTrainer(
-        vocab_size=CLIP_VOCABULARY, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=CLIP_VOCABULARY,
+        end_of_word_suffix="</w>",
+        special_tokens=sorted({f"{char}</w>" for text in texts for char in text.lower()}),
+        show_progress=False,
     )
     trained.train_from_iterator((text.lower() for text in texts), trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
@@ -166,7 +178,7 @@ def clip_files(texts: list[str]) -> dict[str, str]:
 
 def t5_files(texts: list[str]) -> dict[str, str]:
     """Makes a T5 tokenizer: the words of the texts by frequency, and all printable ASCII."""
-    files = dict(tiny_text.t5_files())
+    files = tiny_files("tokenizer_2")
     backend = json.loads(files["tokenizer.json"])
     letters = {piece: score - 20.0 for piece, score in backend["model"]["vocab"][3:98]}
     counts = collections.Counter(piece for text in texts for piece in _pieces(text))
