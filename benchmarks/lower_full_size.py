@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
-from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
+from eqxdiff.models.flux1.conditioning import FluxShared
+from eqxdiff.models.flux1.predictor import FluxPredictor
 from eqxdiff.sampling import (
     Euler,
     Flow,

@@ -130,7 +130,10 @@ def flagged(message: str, argv: Sequence[str]) -> str:
 
     Other words in backquotes stay as they are.
     """
-    command = _program(argv)
+    try:
+        command = _program(argv)
+    except EqxdiffError:
+        return message  # which says why there are no options
     for word in argv:
         command = getattr(command, "commands", {}).get(word, command)
     options = {option for parameter in command.params for option in parameter.opts}

@@ -303,20 +303,23 @@ def test_help_needs_no_jax():
     assert "--prompt-file" in run.stdout
 
 
-def test_the_package_exports_what_its_type_checker_sees():
-    tree = ast.parse(Path(eqxdiff.__file__).read_text())
-    names = {
+@pytest.mark.parametrize("name", ["eqxdiff", "eqxdiff.models", "eqxdiff.models.flux1"])
+def test_the_package_exports_what_its_type_checker_sees(name):
+    package = importlib.import_module(name)
+    seen = {
         (node.module, alias.asname)
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(Path(package.__file__).read_text()))
         if isinstance(node, ast.ImportFrom) and node.level and node.module
         for alias in node.names
+        if alias.asname
     }
-    homes = {(home, name) for home, names in eqxdiff._HOMES.items() for name in names}
-    assert homes == {(home, name) for home, name in names if home not in ("_errors", "_lazy")}
-    for home, name in names:
-        module = importlib.import_module(f"eqxdiff.{home}")
-        assert getattr(eqxdiff, name) is getattr(module, name)
-        assert name in dir(eqxdiff)
+    lazy = {(home, each) for home, names in package._HOMES.items() for each in names}
+    assert lazy == {(home, each) for home, each in seen if home in package._HOMES}
+    for home, each in seen:
+        module = importlib.import_module(f"{name}.{home}")
+        assert getattr(package, each) is getattr(module, each)
+        if name == "eqxdiff":
+            assert each in dir(package)
 
 
 class Terminal(io.StringIO):

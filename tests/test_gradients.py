@@ -9,7 +9,8 @@ import pytest
 from helpers import fake_module, fake_tensor
 
 from eqxdiff.models.flux1 import FluxCondition, Transformer, TransformerConfig
-from eqxdiff.models.flux1.conditioning import FluxPredictor, FluxShared
+from eqxdiff.models.flux1.conditioning import FluxShared
+from eqxdiff.models.flux1.predictor import FluxPredictor
 from eqxdiff.sampling import (
     Euler,
     Flow,

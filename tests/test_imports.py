@@ -135,7 +135,7 @@ def test_nothing_heavy_is_imported(name):
 
 
 def test_sampling_knows_no_model_and_networks_know_no_sampler():
-    networks = ("network", "layers", "_unet", "_controlnet", "conditioning")
+    networks = ("network", "layers", "blocks", "controlnet", "conditioning")
     for name in INNER:
         if room(name) == "models" and name.split(".")[-1] in networks:
             assert not any(room(target) == "sampling" for target in imported(name)), name

@@ -23,7 +23,8 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
-PATTERNS = ("*.py", "*.toml", "py.typed", "models/*/README.md", "models/flux1/emoji/**/*.*")
+PATTERNS = ("*.py", "*.toml", "py.typed", "models/*/README.md", "models/*/example.json")
+PATTERNS += ("models/flux1/emoji/**/*.*", "text/example/**/*.*")
 
 
 def expected() -> set[str]:

@@ -6,6 +6,8 @@ from .._lazy import lazy
 
 
 if TYPE_CHECKING:
+    from .._config import parse_config as parse_config
+    from ._example import read_example as read_example
     from ._family import (
         Component as Component,
         Configs as Configs,
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
         control_names as control_names,
     )
     from ._files import Lookalikes as Lookalikes, PublishedFiles as PublishedFiles
+    from ._index import read_index as read_index
     from ._lora import (
         LoraBase as LoraBase,
         LoraFormat as LoraFormat,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         Text as Text,
     )
     from ._plugins import settings_classes as settings_classes
+    from ._recipe import guider_of as guider_of, spread as spread
     from ._registry import (
         FAMILIES as FAMILIES,
         families as families,
@@ -40,16 +44,23 @@ if TYPE_CHECKING:
         GuidedSettings as GuidedSettings,
         SampledSettings as SampledSettings,
         Settings as Settings,
+        TiledSettings as TiledSettings,
         applied as applied,
+        check_guided as check_guided,
         check_range as check_range,
+        check_size as check_size,
         complete as complete,
         declarations as declarations,
+        image_step as image_step,
         setting as setting,
+        tiles as tiles,
     )
 
 
 # Imported when first asked for: the command line shows the settings without waiting for JAX.
 _HOMES = {
+    "._config": ("parse_config",),
+    "_example": ("read_example",),
     "_family": (
         "Component",
         "Configs",
@@ -58,6 +69,7 @@ _HOMES = {
         "control_names",
     ),
     "_files": ("Lookalikes", "PublishedFiles"),
+    "_index": ("read_index",),
     "_lora": (
         "LoraBase",
         "LoraFormat",
@@ -77,12 +89,18 @@ _HOMES = {
         "GuidedSettings",
         "SampledSettings",
         "Settings",
+        "TiledSettings",
         "applied",
+        "check_guided",
         "check_range",
+        "check_size",
         "complete",
         "declarations",
+        "image_step",
         "setting",
+        "tiles",
     ),
+    "_recipe": ("guider_of", "spread"),
     "_registry": (
         "FAMILIES",
         "families",

@@ -29,7 +29,8 @@ class Component:
     **Fields:**
 
     - `parse`: reads the folder's `config.json` into a frozen config. Raises `ConfigError`.
-    - `init`: makes a random module from `(config, *, key, dtype)`.
+    - `init`: makes a random module from `(config, *, key, dtype)`: a class method of the module's
+        class, by which LoRAs find it in a model.
     - `forms`: the ways in which files name its tensors, the published one first.
     - `rules`: its sharding rules: every leaf of two or more dimensions matches exactly one.
     - `stage`: `"text"`, `"denoiser"` or `"vae"`. One stage runs at a time.
@@ -97,7 +98,8 @@ class Family:
     - `settings`: its settings class, a frozen dataclass of fields made by `setting`.
     - `presets`: its models by name.
     - `components`: by folder name.
-    - `tokenizers`: folder of a tokenizer -> the text encoder that it is for.
+    - `tokenizers`: folder of a tokenizer -> the text encoder that it is for, whose config has a
+        `vocab_size`.
     - `parse_index`: reads `model_index.json`. Raises `ConfigError` for classes of another family.
     - `parse_scheduler`: reads `scheduler/scheduler_config.json`. Raises `ConfigError`.
     - `bind`: makes the model of a name, of default settings and of configs. Raises `ConfigError`

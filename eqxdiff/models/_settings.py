@@ -92,6 +92,12 @@ class Settings:
         absent="0.6; 1 with a mask",
         a1111=lambda value: {"Denoising strength": value},
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledSettings(Settings):
+    """The settings of models whose autoencoder can work tile by tile."""
+
     vae_tiling: bool = setting(
         "Encode and decode large pictures tile by tile, to save memory.", "Memory", default=False
     )
@@ -274,6 +280,11 @@ def image_step(settings: Settings, *, floor: bool = True) -> int:
             f"`strength` {strength:g} leaves none of {steps} steps: raise it, or `steps`."
         )
     return first
+
+
+def tiles(settings: Settings) -> bool:
+    """Returns whether the autoencoder works tile by tile."""
+    return isinstance(settings, TiledSettings) and settings.vae_tiling
 
 
 def applied(settings: Settings) -> dict[str, Any]:

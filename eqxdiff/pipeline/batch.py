@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .._errors import SettingError
 from .._types import PRNGKey
-from ..models import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text
+from ..models import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text, tiles
 from ..sampling import (
     Blend,
     GuidedDenoiser,
@@ -131,7 +131,7 @@ class Job:
             tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves),
             pixels is not None and (settings.strength < 1, pixels.mask is not None),
             tuple(control.guess for control in request.controls),
-            settings.vae_tiling,
+            tiles(settings),
         )
         return cls(index, request, settings, recipe, texts, pixels, form)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from PIL import Image as PILImage
 
 from .._errors import EqxdiffError, SettingError
-from ..models import Modules, check_range
+from ..models import Modules, check_range, tiles
 from ..pictures import Pictured
 from ..sampling import Hook
 from .batch import Example, Job, batches, cuts, make_jobs, seed_key, stack_examples, to_bytes
@@ -252,7 +252,7 @@ def _pictures(
     blueprint = stages.blueprint
     arrays: list[np.ndarray | None] = [None] * len(group)
     if vae is not None:
-        tiled = group[0].settings.vae_tiling
+        tiled = tiles(group[0].settings)
         arrays = list(
             np.asarray(
                 decode_batch(

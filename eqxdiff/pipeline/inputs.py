@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 from .._dtypes import float32_products
 from .._errors import SettingError
 from .._types import PRNGKey
-from ..models import AbstractModel, Inputs, Modules, Recipe
+from ..models import AbstractModel, Inputs, Modules, Recipe, tiles
 from ..pictures import (
     Region,
     check_mask,
@@ -120,7 +120,7 @@ def make_inputs(
             jnp.asarray(image),
             noise,
             blueprint.compute_dtype,
-            settings.vae_tiling,
+            tiles(settings),
         )
 
     latent, mask, masked = encode(pixels.image), None, None

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from .._settings import GuidedSettings, SampledSettings, setting
+from .._settings import GuidedSettings, SampledSettings, TiledSettings, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FluxSettings(GuidedSettings, SampledSettings):
+class FluxSettings(GuidedSettings, SampledSettings, TiledSettings):
     """The settings of FLUX.1."""
 
     components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "transformer", "vae")

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from .._settings import GuidedSettings, SampledSettings, setting
+from .._settings import GuidedSettings, SampledSettings, TiledSettings, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UNetSettings(GuidedSettings, SampledSettings):
+class UNetSettings(GuidedSettings, SampledSettings, TiledSettings):
     """The settings of Stable Diffusion."""
 
     components: ClassVar[tuple[str, ...]] = ("text_encoder", "unet", "vae")
