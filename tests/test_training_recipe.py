@@ -73,6 +73,12 @@ def test_the_tokenizers_read_every_caption_whole(data, texts, tmp_path):
         assert max(tokenizer.encode(text, 40).length for text in texts[::7]) <= data.TEXT_TOKENS
 
 
+def test_the_same_texts_give_the_same_tokenizers(data, texts):
+    """Many pairs of bytes are equally frequent: which is merged first is not left to chance."""
+    assert len({json.dumps(data.clip_files(texts[:8000])) for _ in range(5)}) == 1
+    assert len({json.dumps(data.t5_files(texts[:8000])) for _ in range(2)}) == 1
+
+
 def test_the_configs_are_read(data):
     fields = json.loads((RECIPE / "configs.json").read_text())
     family, preset = find_model("flux-schnell")

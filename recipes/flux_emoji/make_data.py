@@ -150,8 +150,13 @@ def clip_files(texts: list[str]) -> dict[str, str]:
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # The order of the characters decides between pairs of one frequency. The trainer takes the ends
+    # of words in another order in each run, unless they are given.
     trainer = trainers.BpeTrainer(
-        vocab_size=CLIP_VOCABULARY, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=CLIP_VOCABULARY,
+        end_of_word_suffix="</w>",
+        special_tokens=sorted({f"{char}</w>" for text in texts for char in text.lower()}),
+        show_progress=False,
     )
     trained.train_from_iterator((text.lower() for text in texts), trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
