@@ -75,6 +75,7 @@ def _attend_head(
     if key_length is None and keys % columns:
         key_length = jnp.asarray(keys)  # hides the padding
     numbers = None if key_length is None else jnp.arange(-(-keys // columns) * columns)
+
     def block(args: Any) -> Float[Array, "rows value_dim"]:
         q, bias, lines = args
         q = q.astype(wide) * scale
