@@ -15,7 +15,7 @@ from ..convert import locate
 from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings
+from ..models import AbstractModel, Component, Family, Settings, own_names
 from ..sharding import parameter_sharding
 from ..text import Tokenizer
 
@@ -107,7 +107,7 @@ class Blueprint:
 
     def resolve(self, given: Mapping[str, Any]) -> Any:
         """Completes the settings that a user gave. **Raises:** `SettingError`."""
-        settings: Settings = self.model.resolve(given)
+        settings: Settings = self.model.resolve(own_names(self.family.settings, given))
         if self.made_for not in (None, settings.steps):
             raise SettingError(
                 f"These weights of {self.name} are made for {self.made_for} steps: load the model "
