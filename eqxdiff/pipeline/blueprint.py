@@ -12,7 +12,7 @@ from ..checkpoint import FILE, load_module
 from ..convert import locate
 from ..hub import Part, Source
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings
+from ..models import AbstractModel, Component, Family, References, Settings
 from ..sharding import parameter_sharding
 from ..text import Tokenizer
 
@@ -85,6 +85,11 @@ class Blueprint:
     def controlnets(self) -> int:
         """The number of ControlNets."""
         return len(self.components) - len(self.family.components)
+
+    @property
+    def references(self) -> References | None:
+        """Which reference pictures the model takes, if it takes any."""
+        return self.family.references(self.configs)
 
     def names(self, stage: str) -> list[str]:
         """Names the components of a stage: `"text"`, `"denoiser"` or `"vae"`."""

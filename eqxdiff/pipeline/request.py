@@ -62,7 +62,7 @@ class Request:
     - `prompt`: a text, or a row of what `Pipeline.encode` returned.
     - `seed`: the noise is that of `jax.random.key(seed)`.
     - `settings`: by name; the model's defaults hold for the others.
-    - `image`: the picture to begin with.
+    - `image`: the picture to begin with; for models that edit, their reference pictures.
     - `mask`: where it is made anew: white, and black where it is kept.
     - `mask_blur`: the radius of the blur of the mask's edge, in pixels of the mask.
     - `mask_crop`: work on the masked part and so many pixels around it at full resolution, and
@@ -76,7 +76,7 @@ class Request:
     prompt: str | Encoded
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    image: Pictured | None = None
+    image: Pictured | Sequence[Pictured] | None = None
     mask: Pictured | None = None
     mask_blur: float = 0.0
     mask_crop: int | None = None
@@ -90,6 +90,13 @@ class Request:
         own = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in given.items() if name in own}
         return cls(prompt, settings={n: v for n, v in given.items() if n not in own}, **fields)
+
+    @property
+    def images(self) -> tuple[Pictured, ...]:
+        """The pictures in `image`."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if isinstance(self.image, list | tuple) else (self.image,)
 
     @property
     def text(self) -> str:
