@@ -27,8 +27,8 @@ def fake_tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndar
 
     Matrices and kernels are normal with standard deviation `gain / sqrt(fan_in)`, so that signals
     keep their size. Vectors called `weight` are scattered about one, variances are positive, and
-    other vectors are scattered about zero, so that no norm, bias or zero-initialised layer is trivial. The legacy generator's stream
-    never changes.
+    other vectors are scattered about zero, so that no norm, bias or zero-initialised layer is
+    trivial. The legacy generator's stream never changes.
     """
     normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) > 1:

@@ -146,11 +146,8 @@ def make_inputs(
     h, w, c = recipe.shape
     controls = tuple(one.resolve(settings, recipe.schedule) for one in request.controls)
     if pixels is None:
-        scale = settings.height // h
-        seen = tuple(
-            _encode_reference(blueprint, modules, each, scale, c, settings) for each in references
-        )
-        return Inputs(controls=controls, references=seen)
+        refer = lambda picture: _encode_reference(blueprint, modules, picture, settings, recipe)
+        return Inputs(controls=controls, references=tuple(map(refer, references)))
     if request.encode_noise is None:
         noise = jax.random.normal(jax.random.fold_in(key, ENCODING), (c, h, w), jnp.float32)
     else:
@@ -180,14 +177,14 @@ def _encode_reference(
     blueprint: Blueprint,
     modules: Modules,
     image: np.ndarray,
-    scale: int,
-    channels: int,
     settings: Any,
+    recipe: Recipe,
 ) -> Float[Array, "h w c"]:
-    """Returns the mean of a picture's latent, which has `scale` pixels to one of its own."""
-    mean = jnp.zeros((image.shape[0] // scale, image.shape[1] // scale, channels), jnp.float32)
+    """Returns the mean of a picture's latent: the latent without noise."""
+    scale, channels = settings.height // recipe.shape[0], recipe.shape[2]
+    none = jnp.zeros((image.shape[0] // scale, image.shape[1] // scale, channels), jnp.float32)
     dtype, tiled = blueprint.compute_dtype, tiles(settings)
-    return _encode_image(blueprint.model, modules, jnp.asarray(image), mean, dtype, tiled)
+    return _encode_image(blueprint.model, modules, jnp.asarray(image), none, dtype, tiled)
 
 
 @eqx.filter_jit
