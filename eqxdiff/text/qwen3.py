@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from .._config import parse_config
 from .._types import PRNGKey, Tokens
@@ -145,7 +145,7 @@ class Qwen3Attention(eqx.Module):
         self,
         x: Float[Array, "tokens dim"],
         pe: Float[Array, "tokens 2 half"],
-        mask: Bool[Array, "1 tokens tokens"],
+        length: Int[Array, ""],
     ) -> Float[Array, "tokens dim"]:
         tokens, head_dim = x.shape[0], 2 * pe.shape[2]
         q, k, v = (
@@ -154,9 +154,9 @@ class Qwen3Attention(eqx.Module):
         )
         q = apply_rope(self.q_norm(q), pe, halves=True)
         k = apply_rope(self.k_norm(k), pe, halves=True)
-        group = q.shape[1] // k.shape[1]
-        k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        return self.o_proj(attention(q, k, v, mask=mask).reshape(tokens, -1))
+        causal = jnp.tri(tokens, dtype=bool)[None]
+        out = attention(q, k, v, mask=causal, key_length=length)
+        return self.o_proj(out.reshape(tokens, -1))
 
 
 class Qwen3MLP(eqx.Module):
@@ -199,9 +199,9 @@ class Qwen3Layer(eqx.Module):
         self,
         x: Float[Array, "tokens dim"],
         pe: Float[Array, "tokens 2 half"],
-        mask: Bool[Array, "1 tokens tokens"],
+        length: Int[Array, ""],
     ) -> Float[Array, "tokens dim"]:
-        x = x + self.self_attn(self.input_layernorm(x), pe, mask)
+        x = x + self.self_attn(self.input_layernorm(x), pe, length)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -255,7 +255,6 @@ class Qwen3Encoder(eqx.Module):
         pe = rope(
             jnp.arange(count, dtype=jnp.float32)[:, None], [self.head_dim], theta=self.rope_theta
         )
-        mask = jnp.tri(count, dtype=bool) & (jnp.arange(count) < length)
 
         # Each layer writes to the slot of the next tap, where the last one to write stays.
         order = sorted(self.levels)
@@ -263,7 +262,7 @@ class Qwen3Encoder(eqx.Module):
 
         def apply(layer, carry):
             x, seen, index = carry
-            x = layer(x, pe, mask[None])
+            x = layer(x, pe, length)
             return x, seen.at[slots[index]].set(x), index + 1
 
         seen = jnp.zeros((len(order), *x.shape), x.dtype)
