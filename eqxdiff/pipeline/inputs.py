@@ -85,14 +85,13 @@ def one_image(blueprint: Blueprint, request: Request) -> Pictured | None:
 
     **Raises:** `SettingError` where there are several.
     """
-    if blueprint.references is not None or not request.images:
+    if blueprint.references is not None:
         return None
-    if len(request.images) > 1:
+    if (count := len(request.images)) > 1:
         raise SettingError(
-            f"There are {len(request.images)} pictures for `image`, and {blueprint.name} begins "
-            "with one."
+            f"There are {count} pictures for `image`, and {blueprint.name} begins with one."
         )
-    return request.images[0]
+    return next(iter(request.images), None)
 
 
 def read_references(blueprint: Blueprint, request: Request) -> tuple[np.ndarray, ...]:
@@ -122,8 +121,9 @@ def paste_back(request: Request, pixels: Pixels | None, made: np.ndarray) -> np.
     if pixels is None or pixels.region is None:
         return made
     assert request.mask is not None
+    (image,) = request.images
     mask = to_grey(request.mask, blur=request.mask_blur)
-    return to_unit(paste(request.images[0], made, mask, pixels.region))
+    return to_unit(paste(image, made, mask, pixels.region))
 
 
 def make_inputs(
@@ -175,8 +175,7 @@ def _encode_reference(
     """Returns the mean of a picture's latent: the latent without noise."""
     scale, channels = settings.height // recipe.shape[0], recipe.shape[2]
     none = jnp.zeros((image.shape[0] // scale, image.shape[1] // scale, channels), jnp.float32)
-    dtype, tiled = blueprint.compute_dtype, tiles(settings)
-    return _encode_image(blueprint.model, modules, jnp.asarray(image), none, dtype, tiled)
+    return encode_image(blueprint, modules, jnp.asarray(image), none, tiles(settings))
 
 
 @eqx.filter_jit

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL import Image as PILImage
 
 from .._errors import PromptError, SettingError
 from ..models import Control, check_range
@@ -94,9 +95,12 @@ class Request:
     @property
     def images(self) -> tuple[Pictured, ...]:
         """The pictures in `image`."""
-        if self.image is None:
-            return ()
-        return tuple(self.image) if isinstance(self.image, list | tuple) else (self.image,)
+        match self.image:
+            case None:
+                return ()
+            case PILImage.Image() | np.ndarray():
+                return (self.image,)
+        return tuple(self.image)
 
     @property
     def text(self) -> str:

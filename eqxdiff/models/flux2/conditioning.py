@@ -47,9 +47,7 @@ def positions(tokens: int, sizes: list[tuple[int, int]]) -> Float[np.ndarray, "a
     """
     txt = np.zeros((tokens, 4))
     txt[:, 3] = np.arange(tokens)
-    parts = [txt]
-    for number, (h, w) in enumerate(sizes):
-        grid = np.indices((1, h, w, 1)).reshape(4, -1).T
+    grids = [np.indices((1, h, w, 1)).reshape(4, -1).T for h, w in sizes]
+    for number, grid in enumerate(grids):
         grid[:, 0] = REFERENCE_DISTANCE * number
-        parts.append(grid)
-    return np.concatenate(parts).astype(np.float32)
+    return np.concatenate([txt, *grids]).astype(np.float32)

@@ -20,12 +20,13 @@ class Flux2Predictor(eqx.Module):
     def __call__(self, x: Image, row: Row, condition: Flux2Condition) -> Image:
         h, w, channels = x.shape
         pictures = [x, *self.shared.references]
+        sizes = [(each.shape[0], each.shape[1]) for each in pictures]
         img = jnp.concatenate([each.reshape(-1, channels) for each in pictures])
         velocity = self.transformer(
             img.astype(self.dtype),
             condition.txt.astype(self.dtype),
             row.timestep,
             self.shared.guidance,
-            jnp.asarray(positions(condition.txt.shape[0], [each.shape[:2] for each in pictures])),
+            jnp.asarray(positions(condition.txt.shape[0], sizes)),
         )
         return velocity[: h * w].reshape(x.shape).astype(x.dtype)
