@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import cli as cli, dev as dev
 from flux2_files import CASES, PICTURES, fake_picture, original_transformer, write_case
 from helpers import (
     FIXTURES,
@@ -17,12 +18,14 @@ from helpers import (
     read_manifest,
     relative_error,
 )
+from PIL import Image
 from test_layout import Header, under, wanted
 
 import eqxdiff
 from eqxdiff import SettingError
 from eqxdiff._errors import CheckpointError, ConfigError
 from eqxdiff.checkpoint import check, export_infos, export_tensors, load_module, read_table
+from eqxdiff.convert.example import write_example
 from eqxdiff.convert.recognise import claim, describe
 from eqxdiff.models import find_model
 from eqxdiff.models.flux2 import Flux2TransformerConfig
@@ -164,6 +167,24 @@ REFUSED = {
 def test_what_the_model_does_not_take_is_refused(why, root):
     with pytest.raises(SettingError, match=why):
         eqxdiff.generate(load("klein", root), "a", **REFUSED[why])
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_command_line_takes_several_pictures(cli, dev, tmp_path):
+    """By the model of the package's example; other models begin with one picture."""
+    folder = write_example("flux2-klein-4b", tmp_path / "tiny")
+    for name, size in {"a": (96, 64), "b": (64, 70)}.items():
+        Image.fromarray(fake_picture(*size)).save(tmp_path / f"{name}.png")
+    images = [word for name in "ab" for word in ("--image", tmp_path / f"{name}.png")]
+    own = ("-p", "x", "-s", 1, "--steps", 1, *images, "-o", tmp_path / "new.png")
+    short = ("--max-sequence-length", 32)
+    run = cli("generate", "flux2-klein-4b", "--weights", folder, *own, *short, "--json")
+    assert run.status == 0, run.err
+    assert [each["file"] for each in run.json["image"]] == ["a.png", "b.png"]
+    with Image.open(tmp_path / "new.png") as made:
+        assert made.size == (96, 64)
+    run = cli("generate", "flux-dev", "--weights", dev, *own, "--overwrite")
+    assert run.error == "There are 2 pictures for --image, and flux-dev begins with one."
 
 
 def test_an_edit_without_a_picture_is_refused_where_the_model_needs_one(root):
