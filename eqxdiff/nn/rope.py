@@ -29,12 +29,19 @@ def rope(
 
 
 def apply_rope(
-    x: Float[Array, "tokens heads dim"], pe: Float[Array, "tokens 2 half"]
+    x: Float[Array, "tokens heads dim"], pe: Float[Array, "tokens 2 half"], *, halves: bool = False
 ) -> Float[Array, "tokens heads dim"]:
-    """Turns neighbouring pairs of features in at least float32; the result has the dtype of `x`."""
+    """Turns pairs of features in at least float32; the result has the dtype of `x`.
+
+    **Arguments:**
+
+    - `halves`: whether a pair is a feature of the first half and its like in the second, as in
+        language models, rather than two neighbours.
+    """
     wide = at_least_float32(x.dtype)
     cos, sin = pe[:, 0, None, :].astype(wide), pe[:, 1, None, :].astype(wide)
-    pairs = x.astype(wide).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    axis = -2 if halves else -1
+    pairs = x.astype(wide).reshape(*x.shape[:-1], *((2, -1) if halves else (-1, 2)))
+    a, b = jnp.moveaxis(pairs, axis, 0)
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=axis)
     return turned.reshape(x.shape).astype(x.dtype)
