@@ -37,6 +37,7 @@ def open_model(
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    fast: bool = True,
 ) -> Blueprint:
     """Reads all of a model but its weights: that is cheap, and finds most mistakes.
 
@@ -79,6 +80,7 @@ def open_model(
         opened,
         made_for,
         note,
+        fast,
         _fit(family, configs, loras, partial=lora_partial),
         lora_mode == "merge",
     )
@@ -162,6 +164,7 @@ def load(
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    fast: bool = True,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -183,6 +186,9 @@ def load(
     - `dtype`: of the weights; by default each tensor keeps the checkpoint's.
     - `compute_dtype`: of the activations; by default float32 on a CPU, else bfloat16.
     - `mesh`: made by `eqxdiff.make_mesh`, to spread weights and batches over devices.
+    - `fast`: keep the weights in the order that computes fastest; the results are the same to
+        rounding. `False` keeps the checkpoint's order, for code that reads or edits weights. LoRAs
+        and saving see the checkpoint's order in either case.
     - `revision`: branch, tag or commit of the repository.
     - `progress`: called as `progress(what, done, total)`.
 
@@ -201,5 +207,6 @@ def load(
         dtype=dtype,
         compute_dtype=compute_dtype,
         mesh=mesh,
+        fast=fast,
     )
     return Pipeline(blueprint.load(list(blueprint.components), progress=progress), blueprint)

@@ -65,6 +65,7 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
         parts=given,
         dtype=jnp.float32,
         compute_dtype=model.compute_dtype,
+        fast=False,
     )
     modules = {}
     for index, (name, component) in enumerate(blueprint.components.items()):

@@ -5,7 +5,7 @@ names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -17,8 +17,10 @@ from ..._types import PRNGKey, Scalar
 from ...kernels import attention
 from ...nn import (
     AbstractLinear,
+    AbstractRotary,
     EmbeddingMLP,
     Linear,
+    Order,
     RMSNorm,
     apply_rope,
     layer_norm,
@@ -47,6 +49,15 @@ class Modulation(eqx.Module):
         return self.linear(silu(vec)).reshape(-1, vec.shape[0])
 
 
+class Given(eqx.Module):
+    """Shifts, scales and gates that were computed ahead, in the place of a `Modulation`."""
+
+    values: Float[Array, "*layers count dim"]
+
+    def __call__(self, vec: None) -> Float[Array, "count dim"]:
+        return self.values
+
+
 def modulate(
     x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
 ) -> Float[Array, "tokens dim"]:
@@ -69,13 +80,14 @@ def split_heads(
 
 
 def attend(
-    q: Heads, k: Heads, v: Heads, pe: Float[Array, "tokens 2 half"]
+    q: Heads, k: Heads, v: Heads, pe: Float[Array, "tokens 2 half"], order: Order
 ) -> Float[Array, "tokens dim"]:
     """Turns queries and keys by their positions, attends, and joins the heads."""
-    return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)
+    q, k = apply_rope(q, pe, order), apply_rope(k, pe, order)
+    return attention(q, k, v).reshape(q.shape[0], -1)
 
 
-class JointAttention(eqx.Module):
+class JointAttention(AbstractRotary):
     """Attention over text and image together. Each of the two has its own projections."""
 
     to_q: AbstractLinear
@@ -91,6 +103,13 @@ class JointAttention(eqx.Module):
     norm_added_q: RMSNorm
     norm_added_k: RMSNorm
     heads: int = eqx.field(static=True)
+    order: Order = eqx.field(static=True, default="pairs")
+    bounded: bool = eqx.field(static=True, default=False)
+
+    queries: ClassVar[tuple[str, ...]] = ("to_q", "add_q_proj")
+    query_norms: ClassVar[tuple[str, ...]] = ("norm_q", "norm_added_q")
+    keys: ClassVar[tuple[str, ...]] = ("to_k", "add_k_proj")
+    key_norms: ClassVar[tuple[str, ...]] = ("norm_k", "norm_added_k")
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -111,11 +130,11 @@ class JointAttention(eqx.Module):
         to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
         txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
         q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
+        txt, img = jnp.split(attend(q, k, v, pe, self.order), [txt.shape[0]])
         return self.to_out(img), self.to_add_out(txt)
 
 
-class SelfAttention(eqx.Module):
+class SelfAttention(AbstractRotary):
     """Attention of the joined streams. The block's `proj_out` projects its output."""
 
     to_q: AbstractLinear
@@ -124,6 +143,13 @@ class SelfAttention(eqx.Module):
     norm_q: RMSNorm
     norm_k: RMSNorm
     heads: int = eqx.field(static=True)
+    order: Order = eqx.field(static=True, default="pairs")
+    bounded: bool = eqx.field(static=True, default=False)
+
+    queries: ClassVar[tuple[str, ...]] = ("to_q",)
+    query_norms: ClassVar[tuple[str, ...]] = ("norm_q",)
+    keys: ClassVar[tuple[str, ...]] = ("to_k",)
+    key_norms: ClassVar[tuple[str, ...]] = ("norm_k",)
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
@@ -136,7 +162,8 @@ class SelfAttention(eqx.Module):
         self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
     ) -> Float[Array, "tokens dim"]:
         to_qkv = self.to_q, self.to_k, self.to_v
-        return attend(*split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads), pe)
+        qkv = split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads)
+        return attend(*qkv, pe, self.order)
 
 
 class TimeTextEmbedding(eqx.Module):
