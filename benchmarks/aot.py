@@ -74,9 +74,7 @@ def compile_for(mesh: Mesh, function: Any, *args: Any, options: Any = None, dona
     place = NamedSharding(mesh, PartitionSpec())
     shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     arrays, static = eqx.partition(args, shape)
-    arrays = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays
-    )
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
 
     def run(*arrays):
         return function(*eqx.combine(arrays, static))
@@ -108,7 +106,9 @@ def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
                 body = re.search(r"body=%([\w.\-]+)", line)[1]
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                 walk(body, often * (int(trips[1]) if trips else 1))
-            for called in re.findall(r" (?:call|async-start)\(.*(?:to_apply|calls)=%([\w.\-]+)", line):
+            for called in re.findall(
+                r" (?:call|async-start)\(.*(?:to_apply|calls)=%([\w.\-]+)", line
+            ):
                 walk(called, often)
 
     walk(main, 1)

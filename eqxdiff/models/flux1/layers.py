@@ -80,11 +80,16 @@ def split_heads(
 
 
 def attend(
-    q: Heads, k: Heads, v: Heads, pe: Float[Array, "tokens 2 half"], order: Order
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    pe: Float[Array, "tokens 2 half"],
+    order: Order,
+    bounded: bool,
 ) -> Float[Array, "tokens dim"]:
     """Turns queries and keys by their positions, attends, and joins the heads."""
     q, k = apply_rope(q, pe, order), apply_rope(k, pe, order)
-    return attention(q, k, v).reshape(q.shape[0], -1)
+    return attention(q, k, v, bounded=bounded).reshape(q.shape[0], -1)
 
 
 class JointAttention(AbstractRotary):
@@ -130,7 +135,8 @@ class JointAttention(AbstractRotary):
         to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
         txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
         q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt, img = jnp.split(attend(q, k, v, pe, self.order), [txt.shape[0]])
+        out = attend(q, k, v, pe, self.order, self.bounded)
+        txt, img = jnp.split(out, [txt.shape[0]])
         return self.to_out(img), self.to_add_out(txt)
 
 
@@ -163,7 +169,7 @@ class SelfAttention(AbstractRotary):
     ) -> Float[Array, "tokens dim"]:
         to_qkv = self.to_q, self.to_k, self.to_v
         qkv = split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads)
-        return attend(*qkv, pe, self.order)
+        return attend(*qkv, pe, self.order, self.bounded)
 
 
 class TimeTextEmbedding(eqx.Module):
