@@ -88,8 +88,8 @@ def compile_for(mesh: Mesh, function: Any, *args: Any, options: Any = None, dona
 def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
     """Sums the static cycles of a program, with those of a loop's body as often as it runs."""
     bodies, main = _computations(compiled.as_text())
-    times: collections.Counter[str] = collections.Counter()
-    largest: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
+    largest: dict[tuple[str, str, str], float] = collections.defaultdict(float)
     kernels = 0
 
     def walk(name: str, often: int) -> None:
@@ -103,19 +103,19 @@ def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
             if " custom-call(" in line and "tpu_custom_call" in line:
                 kernels += often
             if " while(" in line:
-                body = re.search(r"body=%([\w.\-]+)", line)[1]
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                walk(body, often * (int(trips[1]) if trips else 1))
-            for called in re.findall(
-                r" (?:call|async-start)\(.*(?:to_apply|calls)=%([\w.\-]+)", line
-            ):
+                for body in re.findall(r"body=%([\w.\-]+)", line):
+                    walk(body, often * (int(trips[1]) if trips else 1))
+            for called in re.findall(r" call\(.*to_apply=%([\w.\-]+)", line):
                 walk(called, often)
 
     walk(main, 1)
     memory = compiled.memory_analysis()
-    top = [(round(ms, 2), *key) for key, ms in largest.most_common(16)]
+    top = [
+        (round(ms, 2), *key) for key, ms in sorted(largest.items(), key=lambda item: -item[1])[:16]
+    ]
     return Report(
-        {name: round(ms, 2) for name, ms in times.most_common()},
+        {name: round(ms, 2) for name, ms in sorted(times.items(), key=lambda item: -item[1])},
         top,
         kernels,
         memory.argument_size_in_bytes,
@@ -160,6 +160,6 @@ def kind(line: str) -> str:
         return "linear"
     operation = re.search(r" ([a-z\-]+)\(", line.partition(" = ")[2])
     moves = ("transpose", "reshape", "concatenate", "slice", "copy", "split", "squeeze")
-    if operation and operation[1].startswith("copy") or name.rpartition("/")[2] in moves:
+    if (operation and operation[1].startswith("copy")) or name.rpartition("/")[2] in moves:
         return "layout"
     return "norms and others"

@@ -5,6 +5,7 @@ import math
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 from ..nn import AbstractRotary, RMSNorm

@@ -184,6 +184,7 @@ def generate_each(
                 x, attention = started.finish()
                 stages.attention |= attention
             else:
+                x = None
                 for step in started.steps():
                     x, done = step.x.block_until_ready(), done + 1
                     stages.attention |= step.attention

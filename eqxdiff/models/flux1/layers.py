@@ -4,6 +4,7 @@ Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/modules/
 names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
+import abc
 from collections.abc import Callable
 from typing import ClassVar, Self
 
@@ -36,7 +37,15 @@ SINUSOID_DIM = 256
 Heads = Float[Array, "tokens heads head_dim"]
 
 
-class Modulation(eqx.Module):
+class AbstractModulation(eqx.Module):
+    """Gives shifts, scales and gates."""
+
+    @abc.abstractmethod
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
+        """Returns them for a conditioning vector, which those that are given already ignore."""
+
+
+class Modulation(AbstractModulation):
     """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
 
     linear: AbstractLinear
@@ -45,16 +54,17 @@ class Modulation(eqx.Module):
     def init(cls, dim: int, count: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
         return cls(Linear.init(dim, count * dim, key=key, dtype=dtype))
 
-    def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
+        assert vec is not None
         return self.linear(silu(vec)).reshape(-1, vec.shape[0])
 
 
-class Given(eqx.Module):
+class Given(AbstractModulation):
     """Shifts, scales and gates that were computed ahead, in the place of a `Modulation`."""
 
     values: Float[Array, "*layers count dim"]
 
-    def __call__(self, vec: None) -> Float[Array, "count dim"]:
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
         return self.values
 
 
@@ -122,7 +132,7 @@ class JointAttention(AbstractRotary):
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
         img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
-        return cls(*img, *txt, cfg.num_attention_heads)
+        return cls(*img, *txt, heads=cfg.num_attention_heads)
 
     def __call__(
         self,
@@ -162,7 +172,7 @@ class SelfAttention(AbstractRotary):
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v = map(linear, jax.random.split(key, 3))
-        return cls(q, k, v, norm(), norm(), cfg.num_attention_heads)
+        return cls(q, k, v, norm(), norm(), heads=cfg.num_attention_heads)
 
     def __call__(
         self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]

@@ -27,7 +27,15 @@ from ...nn import (
     stack,
 )
 from .config import TransformerConfig
-from .layers import Given, JointAttention, Modulation, SelfAttention, TimeTextEmbedding, modulate
+from .layers import (
+    AbstractModulation,
+    Given,
+    JointAttention,
+    Modulation,
+    SelfAttention,
+    TimeTextEmbedding,
+    modulate,
+)
 
 
 THETA = 10000.0
@@ -37,8 +45,8 @@ MLP_RATIO = 4
 class DoubleBlock(eqx.Module):
     """Image and text as two streams that meet in attention."""
 
-    norm1: Modulation | Given
-    norm1_context: Modulation | Given
+    norm1: AbstractModulation
+    norm1_context: AbstractModulation
     attn: JointAttention
     ff: MLP
     ff_context: MLP
@@ -77,7 +85,7 @@ class DoubleBlock(eqx.Module):
 class SingleBlock(eqx.Module):
     """One stream, attention and MLP side by side (https://arxiv.org/abs/2302.05442)."""
 
-    norm: Modulation | Given
+    norm: AbstractModulation
     attn: SelfAttention
     proj_mlp: AbstractLinear
     proj_out: AbstractLinear
@@ -132,7 +140,7 @@ class Transformer(eqx.Module):
     time_text_embed: TimeTextEmbedding
     transformer_blocks: DoubleBlock
     single_transformer_blocks: SingleBlock
-    norm_out: Modulation | Given
+    norm_out: AbstractModulation
     proj_out: AbstractLinear
     axes_dims_rope: tuple[int, ...] = eqx.field(static=True)
     remat: bool = eqx.field(static=True, default=False)
@@ -229,15 +237,17 @@ class Transformer(eqx.Module):
         """Computes the modulations of all blocks for several conditioning vectors."""
         double, single = self.transformer_blocks, self.single_transformer_blocks
         rows = lambda norm: jax.vmap(norm)(vecs)
-        layers = [each(n, rows) for n in (double.norm1, double.norm1_context, single.norm)]
-        return Modulations(*(jnp.moveaxis(x, 1, 0) for x in layers), rows(self.norm_out))
+        layers = lambda norm: jnp.moveaxis(each(norm, rows), 1, 0)
+        img, txt = layers(double.norm1), layers(double.norm1_context)
+        return Modulations(img, txt, layers(single.norm), rows(self.norm_out))
 
     def modulated(self, by: Modulations | None) -> "Transformer":
         """Returns the transformer for `flow` without `vec`: with given modulations for its own.
 
         `None` leaves them out, and all that only they and the text are computed with.
         """
-        given = [None] * 4 if by is None else map(Given, (by.img, by.txt, by.single, by.out))
+        values = () if by is None else (by.img, by.txt, by.single, by.out)
+        given = map(Given, values) if values else (None,) * 4
         return eqx.tree_at(_replaced, self, (*given, None, None), is_leaf=lambda x: x is None)
 
 
