@@ -115,7 +115,7 @@ def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
         (round(ms, 2), *key) for key, ms in sorted(largest.items(), key=lambda item: -item[1])[:16]
     ]
     return Report(
-        {name: round(ms, 2) for name, ms in sorted(times.items(), key=lambda item: -item[1])},
+        {name: round(ms, 2) for name, ms in falling(times)},
         top,
         kernels,
         memory.argument_size_in_bytes,

@@ -131,8 +131,21 @@ class JointAttention(AbstractRotary):
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
-        img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
-        return cls(*img, *txt, heads=cfg.num_attention_heads)
+        return cls(
+            to_q=q,
+            to_k=k,
+            to_v=v,
+            to_out=out,
+            norm_q=norm(),
+            norm_k=norm(),
+            add_q_proj=add_q,
+            add_k_proj=add_k,
+            add_v_proj=add_v,
+            to_add_out=add_out,
+            norm_added_q=norm(),
+            norm_added_k=norm(),
+            heads=cfg.num_attention_heads,
+        )
 
     def __call__(
         self,
@@ -172,7 +185,8 @@ class SelfAttention(AbstractRotary):
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v = map(linear, jax.random.split(key, 3))
-        return cls(q, k, v, norm(), norm(), heads=cfg.num_attention_heads)
+        heads = cfg.num_attention_heads
+        return cls(to_q=q, to_k=k, to_v=v, norm_q=norm(), norm_k=norm(), heads=heads)
 
     def __call__(
         self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
