@@ -111,9 +111,8 @@ def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
 
     walk(main, 1)
     memory = compiled.memory_analysis()
-    top = [
-        (round(ms, 2), *key) for key, ms in sorted(largest.items(), key=lambda item: -item[1])[:16]
-    ]
+    falling = lambda times: sorted(times.items(), key=lambda item: -item[1])
+    top = [(round(ms, 2), *key) for key, ms in falling(largest)[:16]]
     return Report(
         {name: round(ms, 2) for name, ms in falling(times)},
         top,

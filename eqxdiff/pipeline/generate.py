@@ -177,9 +177,9 @@ def generate_each(
             needed = any(job.pixels is not None for job in group)
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
-            modules = stages.modules("denoiser")
             report("sampling", done, total)
-            started = start_loop(blueprint, modules, batch, hooks)
+            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            stages.release("denoiser", started.loop.modules)
             if progress is None:
                 x, attention = started.finish()
                 stages.attention |= attention
