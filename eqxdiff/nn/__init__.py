@@ -19,6 +19,7 @@ from .fold import (
 from .linear import (
     AbstractLinear as AbstractLinear,
     Linear as Linear,
+    settle as settle,
     side_by_side as side_by_side,
 )
 from .mlp import (

@@ -84,3 +84,12 @@ def side_by_side(
     if isinstance(layer, Linear):
         return layer.over(*parts)
     return layer(jnp.concatenate(parts, axis=-1))
+
+
+def settle(x: Array) -> Array:
+    """Returns `x`, computed once and kept in memory for all who read it.
+
+    XLA for TPUs otherwise computes a norm or an activation again within each matrix product that
+    reads it, tile by tile, and the matrix unit waits for it.
+    """
+    return jax.lax.optimization_barrier(x)

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.core
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from ..nn import AbstractRotary, Adapted, Linear, Order, RMSNorm
@@ -62,11 +64,17 @@ def _reorder(layer: Any, heads: int, order: Order, donate: bool) -> Any:
     for name, axis in axes.items():
         value = getattr(layer, name)
         if value is not None:
-            place = value.sharding if getattr(value, "committed", False) else None
+            place = _place(value)
             value = permute(value, axis=axis, heads=heads, order=order)
             value = value if place is None else jax.device_put(value, place)
             layer = eqx.tree_at(lambda layer, name=name: getattr(layer, name), layer, value)
     return layer
+
+
+def _place(x: Any) -> Sharding | None:
+    """Returns where an array was put, if it was put anywhere in particular."""
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return x.sharding if concrete and x.committed else None
 
 
 def _permuted(x: Array, *, axis: int, heads: int, order: Order) -> Array:

@@ -25,6 +25,7 @@ from ...nn import (
     RMSNorm,
     apply_rope,
     layer_norm,
+    settle,
     silu,
     sinusoid,
 )
@@ -72,7 +73,7 @@ def modulate(
     x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
 ) -> Float[Array, "tokens dim"]:
     """Computes `(1 + scale) * norm(x) + shift` and rounds once."""
-    return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS)
+    return settle(layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS))
 
 
 def split_heads(

@@ -23,6 +23,7 @@ from ...nn import (
     gelu_tanh,
     nothing,
     rope,
+    settle,
     side_by_side,
     stack,
 )
@@ -109,7 +110,8 @@ class SingleBlock(eqx.Module):
     ) -> Float[Array, "tokens dim"]:
         shift, scale, gate = self.norm(vec)
         y = modulate(x, shift, scale)
-        y = side_by_side(self.proj_out, self.attn(y, pe), gelu_tanh(self.proj_mlp(y)))
+        hidden = settle(gelu_tanh(self.proj_mlp(y)))
+        y = side_by_side(self.proj_out, self.attn(y, pe), hidden)
         return x + gate * y
 
 
