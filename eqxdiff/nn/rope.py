@@ -48,14 +48,15 @@ def apply_rope(
     """
     wide = at_least_float32(x.dtype)
     cos, sin = pe[:, 0, None, :].astype(wide), pe[:, 1, None, :].astype(wide)
+    x, dtype = x.astype(wide), x.dtype
     if order == "halves":
-        a, b = jnp.split(x.astype(wide), 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-        return turned.astype(x.dtype)
-    pairs = x.astype(wide).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+        a, b = jnp.split(x, 2, axis=-1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+    turned = a * cos - b * sin, a * sin + b * cos
+    if order == "halves":
+        return jnp.concatenate(turned, axis=-1).astype(dtype)
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(dtype)
 
 
 class AbstractRotary(eqx.Module):
