@@ -152,8 +152,8 @@ class Qwen3Attention(eqx.Module):
             proj(x).reshape(tokens, -1, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = apply_rope(self.q_norm(q), pe, halves=True)
-        k = apply_rope(self.k_norm(k), pe, halves=True)
+        q = apply_rope(self.q_norm(q), pe, order="halves")
+        k = apply_rope(self.k_norm(k), pe, order="halves")
         causal = jnp.tri(tokens, dtype=bool)[None]
         out = attention(q, k, v, mask=causal, key_length=length)
         return self.o_proj(out.reshape(tokens, -1))
