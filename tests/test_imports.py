@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 ORDER = [
     ("_types", "_errors", "_dtypes", "_config", "_lazy", "sharding", "control", "pictures"),
     ("nn", "kernels"),
+    ("passes",),
     ("tensors",),
     ("checkpoint",),
     ("hub",),
@@ -24,10 +25,11 @@ ORDER = [
     ("text", "vae"),
     ("models",),
     ("convert",),
-    ("lora", "passes"),
+    ("lora",),
     ("pipeline",),
     ("training",),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LEAVES = ORDER[0]

@@ -18,7 +18,7 @@ from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import check_divides, decode_batch, steps
+from .sample import check_divides, decode_batch, start_loop
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -91,7 +91,7 @@ def generate(
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 1,
-    image: Pictured | None = None,
+    image: Pictured | Sequence[Pictured] | None = None,
     mask: Pictured | None = None,
     mask_blur: float = 0.0,
     mask_crop: int | None = None,
@@ -174,17 +174,20 @@ def generate_each(
     for group in groups:
         encoded = next(texts)
         with stages.clock("images"):
-            needed = any(job.pixels is not None for job in group)
+            needed = any(job.encodes for job in group)
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
-            modules = stages.modules("denoiser")
-            x = None
             report("sampling", done, total)
-            for step in steps(blueprint, modules, batch, hooks):
-                x, done = step.x, done + 1
-                stages.attention |= step.attention
-                if progress is not None:
-                    x.block_until_ready()
+            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            stages.release("denoiser", started.loop.modules)
+            if progress is None:
+                x, attention = started.finish()
+                stages.attention |= attention
+            else:
+                x = None
+                for step in started.steps():
+                    x, done = step.x.block_until_ready(), done + 1
+                    stages.attention |= step.attention
                     report("sampling", done, total)
             pictures = _pictures(stages, vae if decode else None, group, x)
         yield from pictures
@@ -242,6 +245,7 @@ def _examples(
             job.settings,
             job.recipe,
             job.pixels,
+            job.references,
             seed_key(job.request.seed),
         )
         examples.append(job.example(blueprint, said, inputs))
@@ -284,7 +288,7 @@ def prepare(pipe: Pipeline, request: str | Request, **given: Any) -> Example:
     stages = stages_of(pipe)
     job = Job.make(pipe.blueprint, 0, request)
     encoded = list(_encoded(stages, [[job]], lambda what, done, total: None))
-    vae = {} if job.pixels is None else stages.modules("vae")
+    vae = stages.modules("vae") if job.encodes else {}
     return _examples(stages, vae, [job], encoded[0])[0]
 
 
