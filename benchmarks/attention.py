@@ -3,13 +3,14 @@
 On a CPU against PyTorch's `scaled_dot_product_attention` in the same run, in float32, the two
 taking turns; on a GPU every backend, in bfloat16, as TFLOP/s.
 
-    python benchmarks/attention.py [-k WORD] [--rounds 3] [--json FILE]
+    python benchmarks/attention.py [-k EXPRESSION] [--rounds 3] [--json FILE]
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,13 +127,15 @@ def best(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-k", default="", help="time only shapes whose name contains this")
+    parser.add_argument(
+        "-k", default="", help="time only shapes whose name this expression matches"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="take the best of so many rounds")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     card, found = jax.default_backend() != "cpu", []
     for shape in SHAPES:
-        if args.k not in shape.name or (shape.card and not card):
+        if not re.search(args.k, shape.name) or (shape.card and not card):
             continue
         drawn, calls = draw(shape), {}
         if not card:

@@ -85,7 +85,7 @@ class AttentionChoice:
 
 
 def choose_attention(
-    attention: Attention = "auto",
+    attention: str = "auto",
     blocks: Blocks | None = None,
     *,
     mesh: Mesh | None = None,
