@@ -31,7 +31,10 @@ class Tiling:
     - `pair`: the heads of a program. Two of 64 fill the lanes.
     - `flat`: arrays are `(batch, tokens, heads * dim)`, else `(batch, heads, tokens, dim)`.
     - `queries`, `keys`: of the call; `rows`, `columns`: those of a block.
-    - `factor`: of the scores, in units of log 2; `twice`: whether the matrix unit multiplies by it.
+    - `chunk`: the keys of one product; `step`: those of which the maximum is taken at a time.
+    - `factor`: of the scores, in units of log 2.
+    - `twice`: whether the queries are a sum of two, already multiplied by `factor`.
+    - `factor_in_scores`: whether the scores are multiplied by it.
     """
 
     dim: int
@@ -115,9 +118,8 @@ def program(
             for head, (q, values) in enumerate(zip(queries, _split_values(v, tiling), strict=True)):
                 scores = _scores(k, q, head, tiling)
                 if bias_ref is not None:
-                    scores = scores + LOG2E * _bias(
-                        bias_ref, min(head, bias_ref.shape[0] - 1), keys
-                    )
+                    shared = min(head, bias_ref.shape[0] - 1)
+                    scores = scores + LOG2E * _bias(bias_ref, shared, keys)
                 if visible is not None:
                     scores = jnp.where(visible, scores, -jnp.inf)
                 for part in range(0, scores.shape[0], tiling.step):
@@ -183,9 +185,7 @@ def _split_values(v: Array, tiling: Tiling) -> list[Array]:
 
 def _scores(k: Array, q: Array, head: int, tiling: Tiling) -> Float[Array, "keys queries"]:
     """Computes the scores of one head in units of log 2."""
-    if (
-        tiling.spare
-    ):  # beside the last head are undefined numbers, which a zero of `q` does not hide
+    if tiling.spare:  # undefined numbers times the zeros of `q` are not zero
         lane = jax.lax.broadcasted_iota(jnp.int32, k.shape, 1) // tiling.dim
         k = jnp.where(lane == head, k, jnp.zeros_like(k))
     if tiling.twice:
