@@ -43,7 +43,7 @@ _CHIPS = {
     "TPU v4": _Chip(vmem=15, depth=128, queries=512, keys=4608, chunk=512, step=512),
     "TPU v5 lite": _Chip(vmem=100, depth=128, queries=1536, keys=4608, chunk=512, step=512),
     "TPU v5": _Chip(vmem=60, depth=128, queries=1536, keys=4608, chunk=512, step=512),
-    "TPU v6 lite": _Chip(vmem=100, depth=256, queries=1536, keys=4608, chunk=512, step=512),
+    "TPU v6 lite": _Chip(vmem=100, depth=256, queries=1536, keys=4608, chunk=768, step=256),
     "TPU7x": _Chip(vmem=60, depth=256, queries=1536, keys=4608, chunk=512, step=512),
 }
 
@@ -172,7 +172,8 @@ def tile(
     pair = 2 if pairs else 1
     flat = pairs or dim % _LANES == 0 == width % _LANES
     rows, columns = blocks or (chip.queries, chip.keys)
-    chunk = chip.chunk
+    bounded = bounded and bias is None
+    chunk, step = (512, 512) if bounded else (chip.chunk, chip.step)
     if blocks is None:
         if bias is not None and bias.shape[2] > 1:
             rows, columns = min(rows, 512), min(columns, 512)
@@ -196,11 +197,11 @@ def tile(
         rows=rows,
         columns=columns,
         chunk=min(chunk, columns),
-        step=chip.step,
+        step=step,
         factor=factor,
         twice=twice,
         factor_in_scores=not (exact or twice),
-        bounded=bounded and bias is None,
+        bounded=bounded,
     )
 
 
@@ -219,7 +220,7 @@ def _megabytes(rows: int, columns: int, chunk: int, lanes: int, size: int) -> fl
 
 def _bias_spec(bias: Float[Array, "..."], tiling: Tiling) -> pl.BlockSpec:
     """A block of the bias: queries by keys, or keys by one where all queries share it."""
-    each, per_head = bias.shape[0] > 1, bias.shape[1] > 1
+    each, per_head = int(bias.shape[0] > 1), int(bias.shape[1] > 1)
     heads = tiling.pair if per_head else 1
     if bias.shape[3] == 1:
         size, place = (tiling.columns, 1), lambda i, j: (j, 0)
