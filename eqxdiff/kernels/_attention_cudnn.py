@@ -31,7 +31,7 @@ def attend(
     - `key_length`: how many of the first keys are visible, at least one.
     - `segments`: a query sees the keys of its number.
     - `blocks`: the queries and keys of a block, by default the best for `device`.
-    - `bounded`: whether `scale |q| max |k|` may be subtracted in place of the maximum.
+    - `bounded`: whether no scaled score is beyond 64 on either side.
     - `device`: the kind of the device, such as `"TPU v6 lite"`.
     - `interpret`: run the kernel without its device.
     """

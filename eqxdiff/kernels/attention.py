@@ -60,8 +60,8 @@ def attention(
     - `key_length`: only so many of the first keys are visible, at least one.
     - `segments`: numbers of the queries and of the keys, where a query sees the keys of its number.
     - `scale`: `dim ** -0.5` by default.
-    - `bounded`: whether no score differs by more than 80 from `scale |q| max |k|`, which a kernel
-        may then subtract in place of the maximum.
+    - `bounded`: whether no scaled score is beyond 64 on either side, so that a kernel may leave out
+        the maximum.
     - `implementation`: this backend and no other, in place of the choice.
 
     **Raises:** `NotImplementedError` where the backend that `implementation` names cannot do this,
