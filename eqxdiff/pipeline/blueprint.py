@@ -15,7 +15,7 @@ from ..convert import locate
 from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings
+from ..models import AbstractModel, Component, Family, References, Settings, own_names
 from ..passes import fast
 from ..sharding import parameter_sharding
 from ..text import Tokenizer
@@ -105,13 +105,18 @@ class Blueprint:
         """The number of ControlNets."""
         return len(self.components) - len(self.family.components)
 
+    @property
+    def references(self) -> References | None:
+        """Which reference pictures the model takes, if it takes any."""
+        return self.family.references(self.configs)
+
     def names(self, stage: str) -> list[str]:
         """Names the components of a stage: `"text"`, `"denoiser"` or `"vae"`."""
         return [name for name, part in self.components.items() if part.stage == stage]
 
     def resolve(self, given: Mapping[str, Any]) -> Any:
         """Completes the settings that a user gave. **Raises:** `SettingError`."""
-        settings: Settings = self.model.resolve(given)
+        settings: Settings = self.model.resolve(own_names(self.family.settings, given))
         if self.made_for not in (None, settings.steps):
             raise SettingError(
                 f"These weights of {self.name} are made for {self.made_for} steps: load the model "
