@@ -164,6 +164,10 @@ def fill(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, dict[str
         arrays[name] = array
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     module.load_state_dict(tensors, assign=True)
+    for owner in module.modules():  # the buffers that no checkpoint holds count positions
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(owner, name, torch.arange(buffer.numel()).reshape(buffer.shape))
     return module, arrays
 
 
