@@ -2,6 +2,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from .._errors import SettingError
 from ..nn import AbstractConv2d, Adapted, Conv2d, HWIOConv2d, WinogradConv2d
 
 
@@ -33,7 +34,30 @@ def lay_convolutions(tree: Tree, platform: str | None = None) -> Tree:
             return node
         return WinogradConv2d.of(node) if platform == "cpu" and _gains(node) else HWIOConv2d.of(node)
 
-    return jax.tree.map(lay, tree, is_leaf=lambda node: isinstance(node, AbstractConv2d | Adapted))
+    return jax.tree.map(lay, tree, is_leaf=_is_convolution)
+
+
+def published_convolutions(tree: Tree) -> Tree:
+    """Returns a model with its convolutions in the checkpoint's order.
+
+    **Raises:** `SettingError` where kernels are transformed, which cannot be undone exactly.
+    """
+
+    def restore(node: Any) -> Any:
+        if isinstance(node, WinogradConv2d):
+            raise SettingError(
+                "The convolutions are transformed for computing: save, train and add adapters "
+                "before `lay_convolutions`."
+            )
+        if not isinstance(node, HWIOConv2d):
+            return node
+        return Conv2d(node.weight.transpose(3, 2, 0, 1), node.bias, node.stride, node.padding)
+
+    return jax.tree.map(restore, tree, is_leaf=_is_convolution)
+
+
+def _is_convolution(node: Any) -> bool:
+    return isinstance(node, AbstractConv2d | Adapted)
 
 
 def _gains(conv: Conv2d) -> bool:
