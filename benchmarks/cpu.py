@@ -6,9 +6,9 @@ their ratios, and how far the results are from each other, relative.
 
     python benchmarks/cpu.py CASE... [--repeat 5] [--json]
 
-The cases have the sizes of the published models, at 512x512 pixels. Of SDXL the lowest level, and of
-T5-XXL the whole encoder, has fewer blocks than published (`--blocks`), so that both copies of the
-weights fit in memory.
+The cases have the sizes of the published models, at 512x512 pixels. The lowest level of
+SDXL and the encoder of T5-XXL have fewer blocks than published (`--blocks`), so that both copies of
+the weights fit in memory.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Calls = dict[str, Callable[[], Any]]
 GOALS = {"sd21-unet": 0.9, "sdxl-unet": 0.9, "vae-decode": 1.0, "clip-l": 1.0, "t5-xxl": 1.0}
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
-SD21 = {
+SD21: dict[str, Any] = {
     "attention_head_dim": [5, 10, 20, 20],
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 1024,
@@ -46,7 +46,7 @@ SD21 = {
     "up_block_types": [PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP],
     "use_linear_projection": True,
 }
-SDXL = {
+SDXL: dict[str, Any] = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "attention_head_dim": [5, 10, 20],
@@ -57,16 +57,22 @@ SDXL = {
     "up_block_types": [CROSS_UP, CROSS_UP, PLAIN_UP],
     "use_linear_projection": True,
 }
-VAE = {
+VAE: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "latent_channels": 4,
     "layers_per_block": 2,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_L |= {"num_hidden_layers": 12, "vocab_size": 49408, "hidden_act": "quick_gelu"}
-T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, "vocab_size": 32128}
+T5_XXL: dict[str, Any] = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "d_kv": 64,
+    "vocab_size": 32128,
+}
 
 
 def unet_calls(config: Mapping[str, Any]) -> Calls:
@@ -95,9 +101,7 @@ def unet_calls(config: Mapping[str, Any]) -> Calls:
     laid = lay_convolutions(ours)
     rest = laid.without_keys()
     return {
-        "torch": lambda: channels_last(
-            theirs(pixels, 500, prompts, added_cond_kwargs=more).sample
-        ),
+        "torch": lambda: channels_last(theirs(pixels, 500, prompts, added_cond_kwargs=more).sample),
         "eqxdiff": lambda: step(ours, pixels_last, hidden, added),
         "... convolutions laid": lambda: step(laid, pixels_last, hidden, added),
         "... and prompt's keys ahead": lambda: step(rest, pixels_last, keys, added),
@@ -156,14 +160,17 @@ def fill(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, dict[str
     """Makes a module of PyTorch with random weights that keep the size of what flows through."""
     with torch.device("meta"):
         module = make().eval()
-    noise, arrays = normal(1 << 22), {}
+    noise, arrays = normal(1 << 20), {}
     for name, value in module.state_dict().items():
         if not value.is_floating_point():
             arrays[name] = np.arange(value.numel()).reshape(value.shape)
             continue
-        array = np.resize(noise, value.shape)
         scale = 0.02 if value.ndim < 2 else value[0].numel() ** -0.5
-        array = array * np.float32(scale) + np.float32(value.ndim < 2 and "bias" not in name)
+        scaled = noise * np.float32(scale) + np.float32(value.ndim < 2 and "bias" not in name)
+        array = np.empty(value.shape, np.float32)
+        for start in range(0, array.size, noise.size):
+            part = array.reshape(-1)[start : start + noise.size]
+            part[:] = scaled[: part.size]
         arrays[name] = array
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     module.load_state_dict(tensors, assign=True)
@@ -239,7 +246,8 @@ def main() -> None:
         for name, row in rows.items():
             print(
                 f"  {name:32}{row['ms_min']:9.1f} ms {row['ms_median']:9.1f} ms  "
-                f"{row['ratio_min']:.2f} {row['ratio_median']:.2f}  {row['relative_difference']:.1e}"
+                f"{row['ratio_min']:.2f} {row['ratio_median']:.2f}  "
+                f"{row['relative_difference']:.1e}"
             )
 
 

@@ -48,10 +48,7 @@ class WinogradConv2d(AbstractConv2d):
         """
         if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
             raise ValueError("Winograd's algorithm is for 3x3 convolutions of stride 1, padding 1.")
-        kernels = conv.weight.astype(at_least_float32(conv.weight.dtype))
-        rows = _mix(G, [kernels[:, :, i] for i in range(3)])
-        parts = [part for row in rows for part in _mix(G, [row[..., i] for i in range(3)])]
-        return cls(tuple(part.T for part in parts), conv.bias)
+        return cls(_transform(conv.weight), conv.bias)
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h w out"]:
         wide = at_least_float32(x.dtype)
@@ -73,8 +70,15 @@ class WinogradConv2d(AbstractConv2d):
         return y.astype(x.dtype)
 
 
+@jax.jit
+def _transform(kernels: Float[Array, "out in 3 3"]) -> tuple[Float[Array, "in out"], ...]:
+    kernels = kernels.astype(at_least_float32(kernels.dtype))
+    rows = _mix(G, [kernels[:, :, i] for i in range(3)])
+    return tuple(part.T for row in rows for part in _mix(G, [row[..., i] for i in range(3)]))
+
+
 def _convolve_strip(
-    x: Float[Array, "h+2 w+2 in"], weights: Sequence[Float[Array, "in out"]]
+    x: Float[Array, "padded_h padded_w in"], weights: Sequence[Float[Array, "in out"]]
 ) -> Float[Array, "h w out"]:
     """Convolves a padded strip of even height and width.
 

@@ -32,7 +32,9 @@ def lay_convolutions(tree: Tree, platform: str | None = None) -> Tree:
     def lay(node: Any) -> Any:
         if not isinstance(node, Conv2d):
             return node
-        return WinogradConv2d.of(node) if platform == "cpu" and _gains(node) else HWIOConv2d.of(node)
+        return (
+            WinogradConv2d.of(node) if platform == "cpu" and _gains(node) else HWIOConv2d.of(node)
+        )
 
     return jax.tree.map(lay, tree, is_leaf=_is_convolution)
 

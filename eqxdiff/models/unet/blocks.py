@@ -135,6 +135,13 @@ class TransformerBlock(eqx.Module):
         return x + self.ff(self.norm3(x))
 
 
+class _Prompted(eqx.Module):
+    """Stacked blocks, each with its keys of the prompt."""
+
+    block: TransformerBlock
+    keys: Keys
+
+
 class SpatialTransformer(eqx.Module):
     """Stacked transformer blocks on the pixels of an image, with a skip around them all."""
 
@@ -173,8 +180,8 @@ class SpatialTransformer(eqx.Module):
         y = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
         blocks = self.transformer_blocks
         if isinstance(context, Keys):
-            attend = lambda pair, y: pair[0](y, pair[1])
-            y, _ = fold((blocks, context), y, attend, remat=remat)
+            attend = lambda pair, y: pair.block(y, pair.keys)
+            y, _ = fold(_Prompted(blocks, context), y, attend, remat=remat)
         else:
             y, _ = fold(blocks, y, lambda block, y: block(y, context), remat=remat)
         return x + self.proj_out(y.reshape(x.shape))

@@ -102,14 +102,15 @@ class Controlled(eqx.Module):
         self, net: ControlNet, control: Control, x: Image, row: Row, condition: UNetCondition
     ) -> Residuals:
         """What one ControlNet adds: nothing outside its interval."""
-        dtype = self.network.dtype
+        dtype, context = self.network.dtype, condition.context
+        assert not isinstance(context, PromptKeys)
         scale = control.scale * condition.wanted if control.guess else control.scale
 
         def call() -> Residuals:
             return net(
                 x.astype(dtype),
                 row.timestep,
-                condition.context.astype(dtype),
+                context.astype(dtype),
                 control.image.astype(dtype),
                 condition.added,
                 scale=scale,
