@@ -16,7 +16,8 @@ from ._choice import BatchSegments, Blocks
 
 
 DIFFERENTIABLE = False
-"""Whether `attend` has a gradient of its own; else that of the chunked form is taken."""
+"""Whether `attend` has a gradient of its own where there is no bias; else that of the chunked form
+is taken."""
 
 _LANES = 128
 

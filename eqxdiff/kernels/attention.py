@@ -79,7 +79,8 @@ def attention(
     names = choice.order(q, k) if implementation is None else (implementation,)
     for name in names:
         try:
-            out = _call(name, choice, scale, bounded)(q, k, v, bias, key_length, segments)
+            call = _call(name, choice, scale, bounded, biased=bias is not None)
+            out = call(q, k, v, bias, key_length, segments)
         except NotImplementedError:
             if name == names[-1]:
                 raise
@@ -91,7 +92,7 @@ def attention(
 
 
 def _call(
-    name: str, choice: AttentionChoice, scale: float, bounded: bool
+    name: str, choice: AttentionChoice, scale: float, bounded: bool, *, biased: bool
 ) -> Callable[..., Float[Array, "queries heads value_dim"]]:
     """Returns the attention of one example by a backend, under any vmaps and with gradients."""
     blocks = choice.blocks
@@ -115,7 +116,7 @@ def _call(
         leading = jax.tree.map(lambda x: x[None], arrays)
         return any_batch(batched)(*leading)[0]
 
-    if backend.DIFFERENTIABLE:
+    if backend.DIFFERENTIABLE and not biased:
         return _with_own_gradient(forward, batched)
     return _with_gradient_of(natural, forward)
 
