@@ -1,9 +1,12 @@
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from jaxtyping import Array, Bool, Float
 
+from ..sharding import current_mesh
 from ._attention_xla import chunked_attention, plain_attention
+from ._mesh import attend_on_mesh
 
 
 Implementation = Literal["plain", "chunked"]
@@ -38,8 +41,12 @@ def attention(
     """
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    if implementation is None:
+
+    def attend(q: Array, k: Array, *rest: Any) -> Array:
         scores = 4 * q.shape[0] * q.shape[1] * k.shape[0]
-        implementation = "plain" if scores <= _PLAIN_BYTES else "chunked"
-    backend = {"plain": plain_attention, "chunked": chunked_attention}[implementation]
-    return backend(q, k, v, bias, mask, scale)
+        chosen = implementation or ("plain" if scores <= _PLAIN_BYTES else "chunked")
+        backend = {"plain": plain_attention, "chunked": chunked_attention}[chosen]
+        return backend(q, k, *rest)
+
+    compute = attend if current_mesh() is None else partial(attend_on_mesh, attend)
+    return compute(q, k, v, bias, mask, scale)

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import float32_products
@@ -25,6 +26,7 @@ from ..pictures import (
     to_signed,
     to_unit,
 )
+from ..sharding import on_mesh
 from .blueprint import Blueprint
 from .request import Request, check_noise
 
@@ -121,6 +123,7 @@ def make_inputs(
             noise,
             blueprint.compute_dtype,
             tiles(settings),
+            blueprint.mesh,
         )
 
     latent, mask, masked = encode(pixels.image), None, None
@@ -139,6 +142,7 @@ def _encode_image(
     noise: Float[Array, "h w c"],
     dtype: DTypeLike,
     tiled: bool,
+    mesh: Mesh | None,
 ) -> Float[Array, "h w c"]:
-    with float32_products(dtype):
+    with float32_products(dtype), on_mesh(mesh):
         return model.to_latent(modules, image, noise, dtype, tiled=tiled)

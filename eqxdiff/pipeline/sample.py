@@ -1,6 +1,5 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .._dtypes import float32_products
-from .._errors import SettingError
 from ..models import AbstractModel, Modules
 from ..sampling import Hook, Row, State, begin, sample, step
 from ..sampling.sample import Remat
-from ..sharding import BATCH_AXES, shard_batch
+from ..sharding import BATCH_AXES, on_mesh, shard_batch
 from .batch import Example
 from .blueprint import Blueprint
 from .pipeline import Pipeline
@@ -120,7 +118,7 @@ def sample_latent(
     """
     blueprint, recipe = pipe.blueprint, example.recipe
     dtype = blueprint.compute_dtype
-    with float32_products(dtype):
+    with float32_products(dtype), on_mesh(blueprint.mesh):
         denoiser = example.denoiser(blueprint.model, pipe.stage("denoiser"), dtype)
         return sample(
             denoiser,
@@ -143,7 +141,7 @@ def decode(
     - `pipe`: with the autoencoder's stage.
     """
     blueprint = pipe.blueprint
-    with float32_products(blueprint.compute_dtype):
+    with float32_products(blueprint.compute_dtype), on_mesh(blueprint.mesh):
         return blueprint.model.to_image(
             pipe.stage("vae"), latent, blueprint.compute_dtype, tiled=tiled
         )
@@ -169,13 +167,10 @@ def decode_batch(
 
 def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Maps over a batch that is split over the mesh; without the names XLA would gather it."""
-    return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
+    mapped = jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
 
+    def on_devices(*args: PyTree) -> PyTree:
+        with on_mesh(mesh):
+            return mapped(*args)
 
-def check_divides(mesh: Mesh, batch_size: int) -> None:
-    """**Raises:** `SettingError` where a batch cannot be split over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
-        raise SettingError(
-            f"`batch_size` {batch_size} cannot be split over {ways} devices: use a multiple."
-        )
+    return on_devices

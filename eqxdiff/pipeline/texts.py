@@ -9,10 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike, PyTree
 
 from .._dtypes import float32_products
 from ..models import PROMPT, AbstractModel, Modules, Text
+from ..sharding import on_mesh
 from .blueprint import Blueprint
 
 
@@ -105,13 +107,14 @@ class TextEncoder:
         key = structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)
         if key not in self._known:
             blueprint = self._blueprint
-            self._known[key] = _encode(
-                blueprint.model, self._modules, text.tokens, blueprint.compute_dtype
-            )
+            model, dtype = blueprint.model, blueprint.compute_dtype
+            self._known[key] = _encode(model, self._modules, text.tokens, dtype, blueprint.mesh)
         return self._known[key]
 
 
 @eqx.filter_jit
-def _encode(model: AbstractModel, modules: Modules, tokens: PyTree, dtype: DTypeLike) -> PyTree:
-    with float32_products(dtype):
+def _encode(
+    model: AbstractModel, modules: Modules, tokens: PyTree, dtype: DTypeLike, mesh: Mesh | None
+) -> PyTree:
+    with float32_products(dtype), on_mesh(mesh):
         return model.encode(modules, tokens, dtype)
