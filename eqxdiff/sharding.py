@@ -47,16 +47,25 @@ MESH_AXES: Mapping[str, str | None] = {
 
 
 def make_mesh(
-    *, cfg: int = 1, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1
+    *,
+    cfg: int = 1,
+    data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Makes a mesh of the first `cfg * data * fsdp * context * tensor` devices.
 
     **Arguments:** the size of each axis of `AXES`. One may be -1: all devices that remain.
 
+    - `devices`: by default all of JAX's.
+
     **Raises:** `SettingError` where a size is out of range, or the devices do not suffice.
     """
     sizes = {"cfg": cfg, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-    devices = jax.device_count()
+    all_of = jax.devices() if devices is None else list(devices)
+    number = len(all_of)
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise SettingError(f"`{name}` {size} is out of range: it is at least 1, or -1.")
@@ -65,17 +74,17 @@ def make_mesh(
         raise SettingError(f"`{rest[0]}` and `{rest[1]}` are both -1: only one can be the rest.")
     known = math.prod(size for size in sizes.values() if size != -1)
     if rest:
-        if devices % known:
-            _refuse_rest({k: s for k, s in sizes.items() if s > 1}, rest[0], devices)
-        sizes[rest[0]] = devices // known
+        if number % known:
+            _refuse_rest({k: s for k, s in sizes.items() if s > 1}, rest[0], number)
+        sizes[rest[0]] = number // known
     count = math.prod(sizes.values())
-    if count > devices:
-        raise SettingError(f"A mesh of {count} devices needs more than the {devices} here.")
+    if count > number:
+        raise SettingError(f"A mesh of {count} devices needs more than the {number} here.")
     shape = tuple(sizes[name] for name in _PLACES)
     types = (AxisType.Auto,) * len(_PLACES)
-    if count == devices:  # JAX knows which devices are neighbours
-        return jax.make_mesh(shape, _PLACES, axis_types=types)
-    return Mesh(np.array(jax.devices()[:count]).reshape(shape), _PLACES, axis_types=types)
+    if count == number:  # JAX knows which devices are neighbours
+        return jax.make_mesh(shape, _PLACES, axis_types=types, devices=all_of)
+    return Mesh(np.array(all_of[:count]).reshape(shape), _PLACES, axis_types=types)
 
 
 def _refuse_rest(sizes: Mapping[str, int], rest: str, devices: int) -> None:
@@ -114,7 +123,7 @@ def parse_mesh(text: str, auto: Callable[[], Mesh] | None = None) -> Mesh:
             "as in data=4,fsdp=2, and -1 for the devices that remain."
         )
     try:
-        return make_mesh(**sizes)
+        return make_mesh(**sizes, devices=None)
     except SettingError as error:
         raise SettingError(f"`mesh` {text}: {str(error).replace('`', '')}") from None
 

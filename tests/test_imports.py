@@ -28,6 +28,7 @@ ORDER = [
     ("pipeline",),
     ("training",),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LEAVES = ORDER[0]

@@ -16,18 +16,24 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from .._dtypes import at_least_float32
 from ..sharding import ways
+from ._choice import Segments
 
+
+HIDDEN = -1e30
+"""The bias of a key that a query may not see: its weight is exactly zero beside any other."""
 
 Heads = Float[Array, "queries heads dim"]
-KeyHeads = Float[Array, "keys heads dim"]
+KeyHeads = Float[Array, "keys key_heads dim"]
+Values = Float[Array, "keys key_heads value_dim"]
+Out = Float[Array, "queries heads value_dim"]
+Sums = Float[Array, "queries heads"]
 Bias = Float[Array, "#heads #queries keys"] | None
-Mask = Bool[Array, "#heads #queries keys"] | None
-Local = Callable[..., Array]
-Form = Literal["queries", "ulysses", "ring"]
+Length = Int[Array, ""] | None
+Local = Callable[..., Out]
 
 _MOST_PADDING = 1.25
 """Ulysses computes at most this many times the heads that there are; beyond, the ring is faster."""
@@ -35,7 +41,9 @@ _MOST_PADDING = 1.25
 _QUERY_BLOCK = 256
 
 
-def context_form(queries: int, keys: int, heads: int, devices: int) -> Form | None:
+def context_form(
+    queries: int, keys: int, heads: int, devices: int
+) -> Literal["queries", "ulysses", "ring"] | None:
     """Chooses how `devices` split the tokens; `None` where they cannot.
 
     **Arguments:**
@@ -51,141 +59,172 @@ def context_form(queries: int, keys: int, heads: int, devices: int) -> Form | No
 
 
 def attend_on_mesh(
-    attend: Local, q: Heads, k: KeyHeads, v: KeyHeads, bias: Bias, mask: Mask, scale: float
-) -> Heads:
-    """Computes attention on the current mesh.
+    attend: Local,
+    q: Heads,
+    k: KeyHeads,
+    v: Values,
+    bias: Bias,
+    key_length: Length,
+    segments: Segments | None,
+    *,
+    scale: float,
+) -> Out:
+    """Computes attention on the current mesh; see `attention`.
 
     **Arguments:**
 
-    - `attend`: attention on one device, such as `plain_attention`.
+    - `attend`: attention on one device: `(q, k, v, bias, key_length, segments)`.
     """
-    devices, split = ways("context"), ways("tensor")
-    queries, heads, _ = q.shape
-    split = 1 if heads == 1 else split
+    devices, heads = ways("context"), q.shape[1]
+    split = 1 if heads == 1 else ways("tensor")
+    if heads != k.shape[1] and k.shape[1] % (split * devices):
+        k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     if more := -heads % split:
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0)))
-        extra = lambda x: (
-            x
-            if x is None or x.shape[0] == 1
-            else jnp.pad(x, ((0, more), (0, 0), (0, 0)), mode="edge")
-        )
-        padded = attend_on_mesh(attend, pad(q), pad(k), pad(v), extra(bias), extra(mask), scale)
-        return padded[:, :heads]
-    form = context_form(queries, k.shape[0], heads // split, devices)
+        q, k, v = (_more_heads(x, more, axis=1) for x in (q, k, v))
+        bias = None if bias is None else _more_heads(bias, more, axis=0)
+        out = attend_on_mesh(attend, q, k, v, bias, key_length, segments, scale=scale)
+        return out[:, :heads]
+    form = context_form(q.shape[0], k.shape[0], heads // split, devices)
     tensor = "tensor" if split > 1 else None
     tokens = None if form is None else "context"
-    keys = tokens if form in ("ulysses", "ring") else None
     rows = tokens if form in ("queries", "ring") else None
-    per_score = lambda x: (
-        None
-        if x is None
-        else P(tensor if x.shape[0] > 1 else None, rows if x.shape[1] > 1 else None)
-    )
-    specs = (P(tokens, tensor), P(keys, tensor), P(keys, tensor), per_score(bias), per_score(mask))
+    own, keys = P(tokens, tensor), P(tokens if form in ("ulysses", "ring") else None, tensor)
+    scores = None
+    if bias is not None:
+        scores = P(tensor if bias.shape[0] > 1 else None, rows if bias.shape[1] > 1 else None)
+    some = None if segments is None else (P(rows), P())
+    specs = (own, keys, keys, scores, None if key_length is None else P(), some)
 
-    def local(q, k, v, bias, mask):
+    def local(q, k, v, bias, key_length, segments):
         if form == "ulysses":
-            return _ulysses(attend, q, k, v, bias, mask, scale)
+            return _ulysses(attend, q, k, v, bias, key_length, segments)
         if form == "ring":
-            return _ring(q, k, v, bias, mask, scale)
-        return attend(q, k, v, bias, mask, scale)
+            return _ring(q, k, v, bias, key_length, segments, scale)
+        return attend(q, k, v, bias, key_length, segments)
 
-    run = jax.shard_map(local, in_specs=specs, out_specs=P(tokens, tensor), check_vma=False)
-    return run(q, k, v, bias, mask)
+    run = jax.shard_map(local, in_specs=specs, out_specs=own, check_vma=False)
+    return run(q, k, v, bias, key_length, segments)
+
+
+def _more_heads(x: Array, more: int, axis: int) -> Array:
+    """Repeats the last head `more` times; a bias of one head serves all."""
+    if x.shape[axis] == 1:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(x, widths, mode="edge")
 
 
 def _ulysses(
-    attend: Local, q: Heads, k: KeyHeads, v: KeyHeads, bias: Bias, mask: Mask, scale: float
-) -> Heads:
+    attend: Local,
+    q: Heads,
+    k: KeyHeads,
+    v: Values,
+    bias: Array | None,
+    key_length: Length,
+    segments: Segments | None,
+) -> Out:
     """Exchanges tokens for heads, attends, and exchanges back. Heads are padded to divide."""
-    devices, heads = ways_here(), q.shape[1]
+    devices, heads = jax.lax.axis_size("context"), q.shape[1]
     more = -heads % devices
-    own = (heads + more) // devices
 
     def to_heads(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+        x = _more_heads(x, -x.shape[1] % devices, axis=1)
         return jax.lax.all_to_all(x, "context", split_axis=1, concat_axis=0, tiled=True)
 
-    def of_heads(x: Array | None) -> Array | None:
-        if x is None or x.shape[0] == 1:
-            return x
-        x = jnp.pad(x, ((0, more), (0, 0), (0, 0)), mode="edge")
-        return jax.lax.dynamic_slice_in_dim(x, own * jax.lax.axis_index("context"), own)
-
-    out = attend(to_heads(q), to_heads(k), to_heads(v), of_heads(bias), of_heads(mask), scale)
+    if bias is not None and bias.shape[0] > 1:
+        own = (heads + more) // devices
+        first = own * jax.lax.axis_index("context")
+        bias = jax.lax.dynamic_slice_in_dim(_more_heads(bias, more, axis=0), first, own)
+    out = attend(*map(to_heads, (q, k, v)), bias, key_length, segments)
     out = jax.lax.all_to_all(out, "context", split_axis=0, concat_axis=1, tiled=True)
     return out[:, :heads]
 
 
-def _ring(q: Heads, k: KeyHeads, v: KeyHeads, bias: Bias, mask: Mask, scale: float) -> Heads:
+def _ring(
+    q: Heads,
+    k: KeyHeads,
+    v: Values,
+    bias: Array | None,
+    key_length: Length,
+    segments: tuple[Array, Array] | None,
+    scale: float,
+) -> Out:
     """Attends to the keys of one device after the other, which go round meanwhile.
 
     The loop is unrolled, and each transfer is issued before the products that do not need it, so
     that the compiler can overlap the two.
     """
-    devices, me, keys = ways_here(), jax.lax.axis_index("context"), k.shape[0]
+    devices, me = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+    keys, dtype = k.shape[0], q.dtype
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     to_next = [(i, (i + 1) % devices) for i in range(devices)]
-    out = lse = None
-    for turn in range(devices):
-        if turn < devices - 1:
+    turn = jax.checkpoint(attend_with_lse, static_argnums=4)
+
+    def seen(first: Array) -> Array | None:
+        """Returns the bias of the keys from `first` on."""
+        own = None
+        if bias is not None:
+            own = jax.lax.dynamic_slice_in_dim(bias, first, keys, axis=2).astype(jnp.float32)
+        if key_length is not None:
+            own = _hide(own, (first + jnp.arange(keys) < key_length)[None, None])
+        if segments is not None:
+            other = jax.lax.dynamic_slice_in_dim(segments[1], first, keys)
+            own = _hide(own, (segments[0][:, None] == other)[None])
+        return own
+
+    def attend(number: int, k: Array, v: Array) -> tuple[Array, Array]:
+        return turn(q, k, v, seen(keys * ((me - number) % devices)), scale)
+
+    coming = jax.lax.ppermute((k, v), "context", to_next)
+    out, lse = attend(0, k, v)
+    for number in range(1, devices):
+        k, v = coming
+        if number < devices - 1:
             coming = jax.lax.ppermute((k, v), "context", to_next)
-        first = keys * ((me - turn) % devices)
-        of_keys = lambda x, first=first: (
-            None if x is None else (jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2))
-        )
-        part, part_lse = jax.checkpoint(attend_with_lse, static_argnums=5)(
-            q, k, v, of_keys(bias), of_keys(mask), scale
-        )
-        out, lse = (part, part_lse) if turn == 0 else merge(out, lse, part, part_lse)
-        if turn < devices - 1:
-            k, v = coming
-    return out.astype(q.dtype)
+        out, lse = merge(out, lse, *attend(number, k, v))
+    return out.astype(dtype)
 
 
-def ways_here() -> int:
-    """Returns the size of the axis `context` within the `shard_map`."""
-    return jax.lax.axis_size("context")
+def _hide(bias: Array | None, visible: Array) -> Array:
+    return jnp.where(visible, 0.0 if bias is None else bias, HIDDEN)
 
 
-def merge(
-    a: Heads, a_lse: Float[Array, "queries heads"], b: Heads, b_lse: Float[Array, "queries heads"]
-) -> tuple[Heads, Float[Array, "queries heads"]]:
+def merge(a: Out, a_lse: Sums, b: Out, b_lse: Sums) -> tuple[Out, Sums]:
     """Merges attention to some keys with attention to others, given the logarithms of the sums of
     both softmaxes (https://arxiv.org/abs/2205.14135, section 3.1)."""
     lse = jnp.logaddexp(a_lse, b_lse)
-    share = lambda x_lse: jnp.exp(x_lse - lse)[:, :, None]
+    share = lambda own: jnp.exp(own - lse)[:, :, None]
     return share(a_lse) * a + share(b_lse) * b, lse
 
 
 def attend_with_lse(
-    q: Heads, k: KeyHeads, v: KeyHeads, bias: Bias, mask: Mask, scale: float
-) -> tuple[Heads, Float[Array, "queries heads"]]:
+    q: Heads,
+    k: Float[Array, "keys heads dim"],
+    v: Float[Array, "keys heads value_dim"],
+    bias: Bias,
+    scale: float,
+) -> tuple[Out, Sums]:
     """Computes attention in at least float32, and the logarithm of each softmax's sum.
 
-    Only the scores of 256 queries exist at a time. A query that sees none of the keys gets zeros
-    and the lowest finite logarithm.
+    Only the scores of 256 queries exist at a time.
     """
     wide, queries = at_least_float32(q.dtype), q.shape[0]
     rows = min(_QUERY_BLOCK, queries)
-    lowest = jnp.finfo(wide).min / 2
 
     @jax.checkpoint
-    def block(args: tuple[Array, Bias, Mask]) -> tuple[Array, Array]:
-        q, bias, mask = args
+    def block(args: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        q, bias = args
         scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide) * scale
-        if bias is not None:
-            scores = scores + bias.astype(wide)
-        if mask is not None:
-            scores = jnp.where(mask, scores, -jnp.inf)
-        top = jnp.maximum(jax.lax.stop_gradient(jnp.max(scores, axis=-1)), lowest)
+        scores = scores if bias is None else scores + bias.astype(wide)
+        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - top[:, :, None])
         total = jnp.sum(weights, axis=-1)
         out = jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), v, preferred_element_type=wide)
-        some = total > 0
-        total = jnp.where(some, total, 1)
-        return out / total.T[:, :, None], jnp.where(some, top + jnp.log(total), lowest).T
+        return out / total.T[:, :, None], (top + jnp.log(total)).T
 
     def cut(x: Array | None, axis: int) -> Array | None:
+        """Cuts queries into blocks, along a new first axis."""
         if x is None:
             return None
         if x.shape[axis] == 1:
@@ -195,6 +234,6 @@ def attend_with_lse(
         x = jnp.pad(x, widths, mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, rows, *x.shape[axis + 1 :]), axis, 0)
 
-    out, lse = jax.lax.map(block, (cut(q, 0), cut(bias, 1), cut(mask, 1)))
+    out, lse = jax.lax.map(block, (cut(q, 0), cut(bias, 1)))
     join = lambda x: x.reshape(-1, *x.shape[2:])[:queries]
     return join(out), join(lse)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         complete as complete,
         declarations as declarations,
         image_step as image_step,
+        own_names as own_names,
         setting as setting,
         tiles as tiles,
     )
@@ -97,6 +98,7 @@ _HOMES = {
         "complete",
         "declarations",
         "image_step",
+        "own_names",
         "setting",
         "tiles",
     ),

@@ -28,11 +28,13 @@ class AbstractStages(abc.ABC):
     - `blueprint`: of the model.
     - `ahead`: whether all prompts are encoded before the first picture is sampled.
     - `clock`: measures what takes how long.
+    - `attention`: the backend of each shape of attention that has run.
     """
 
     blueprint: Blueprint
     ahead: bool
     clock: Clock
+    attention: dict[str, str]
 
     @abc.abstractmethod
     def text(self, *, last: bool) -> AbstractContextManager[Modules]:
@@ -48,6 +50,7 @@ class LoadedStages(AbstractStages):
 
     def __init__(self, pipe: Pipeline):
         self.blueprint, self.ahead, self.clock = pipe.blueprint, False, no_clock
+        self.attention = {}
         self._pipe = pipe
 
     @contextlib.contextmanager
@@ -82,6 +85,7 @@ class Stages(AbstractStages):
         self.blueprint, self.ahead = blueprint, keep == "nowhere"
         self.clock = no_clock if clock is None else clock
         self.dtypes: dict[str, str] = {}
+        self.attention = {}
         self._keep, self._progress = keep, progress
         self._loaded: dict[str, dict[str, Any] | Parked] = {}
 
