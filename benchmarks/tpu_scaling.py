@@ -1,4 +1,5 @@
-"""One step of FLUX.1 [dev] and of SDXL at 1024x1024 on TPUs, as the compiler sees it.
+"""One step of FLUX.1 [dev] and of SDXL at 1024x1024 on TPUs, and decoding 2048x2048, as the
+compiler sees them.
 
 Programs are compiled ahead of time by libtpu, without a TPU; nothing is run. For each mesh:
 
@@ -35,6 +36,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eqxdiff.checkpoint import leaf_paths
+from eqxdiff.kernels._mesh import context_form
 from eqxdiff.models import find_model
 from eqxdiff.models.flux1 import TransformerConfig
 from eqxdiff.models.flux1.conditioning import FluxCondition, FluxShared
@@ -53,6 +55,7 @@ from eqxdiff.sampling import (
     step,
 )
 from eqxdiff.sharding import BATCH_AXES, make_mesh, on_mesh, parameter_sharding
+from eqxdiff.vae import AutoencoderKLConfig
 
 
 CHIPS = {  # TFLOP/s in bfloat16, GHz, GiB, and GB/s of all links to neighbours together
@@ -95,7 +98,7 @@ def flux(mesh, count):
     x = array(mesh, count, 128, 128, 16, dtype=jnp.float32)
     make = lambda weights, scale: FluxPredictor(weights, FluxShared(scale), jnp.dtype(BF16))
     schedule = flow_schedule(28)
-    return weights, (condition, scale, x), make, Unguided(), schedule
+    return weights, (condition, scale, x), one_step(make, Unguided(), schedule)
 
 
 def sdxl(mesh, count):
@@ -122,10 +125,28 @@ def sdxl(mesh, count):
     x = array(mesh, count, 128, 128, 4, dtype=jnp.float32)
     shared = UNetShared(None, None, ())
     make = lambda weights, scale: UNetPredictor(weights, shared, jnp.dtype(BF16))
-    return weights, (condition, scale, x), make, ClassifierFree(jnp.float32(5)), flow_schedule(20)
+    guider = ClassifierFree(jnp.float32(5))
+    return weights, (condition, scale, x), one_step(make, guider, flow_schedule(20))
 
 
-MODELS = {"flux-dev": (flux, 28), "sdxl": (sdxl, 20)}
+def vae(mesh, count):
+    """The autoencoder of FLUX.1, from a latent to a picture of 2048x2048."""
+    component = find_model("flux-dev")[0].components["vae"]
+    widths = (128, 256, 512, 512)
+    config = AutoencoderKLConfig(widths, latent_channels=16, layers_per_block=2)
+    weights = sharded(component, config, mesh)
+    return weights, (array(mesh, count, 256, 256, 16),), lambda vae, index, z: vae.decode(z)
+
+
+def one_step(make, guider, schedule):
+    def one(weights, index, condition, scale, x):
+        denoiser = GuidedDenoiser(make(weights, scale), condition, guider, Flow())
+        return step(denoiser, x, State(None, None), schedule, index, Euler())[0]
+
+    return one
+
+
+MODELS = {"flux-dev": (flux, 28), "sdxl": (sdxl, 20), "vae-2048": (vae, 1)}
 
 
 def array(mesh, count, *shape, dtype=BF16):
@@ -151,17 +172,14 @@ def compiled(model, chip, shape, sizes):
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **more)
     mesh = make_mesh(**sizes, devices=topology.devices)
     count = mesh.shape["data"] * mesh.shape["fsdp"]
-    weights, inputs, make, guider, schedule = MODELS[model][0](mesh, count)
+    weights, inputs, one = MODELS[model][0](mesh, count)
     arrays, static = eqx.partition(weights, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def run(arrays, inputs, index):
-        def one(condition, scale, x):
-            network = make(eqx.combine(arrays, static), scale)
-            denoiser = GuidedDenoiser(network, condition, guider, Flow())
-            return step(denoiser, x, State(None, None), schedule, index, Euler())[0]
-
+        weights = eqx.combine(arrays, static)
+        each = lambda *inputs: one(weights, index, *inputs)
         with on_mesh(mesh):
-            return jax.vmap(one, spmd_axis_name=BATCH_AXES)(*inputs)
+            return jax.vmap(each, spmd_axis_name=BATCH_AXES)(*inputs)
 
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with mock.patch("eqxdiff.kernels.attention._attend", stand_in):
@@ -249,11 +267,15 @@ def attention_ms(model, chip, sizes, count):
             *((queries, keys, 10, 64, 10) for queries, keys in ((4096, 4096), (4096, 128))),
             *((queries, keys, 20, 64, 60) for queries, keys in ((1024, 1024), (1024, 128))),
         ],
+        "vae-2048": [(65536, 65536, 1, 512, 1)],
     }[model]
     ways = sizes.get("context", 1) * sizes.get("tensor", 1)
     each = count / (sizes.get("data", 1) * sizes.get("fsdp", 1)) * (2 if model == "sdxl" else 1)
     seconds = 0.0
     for queries, keys, heads, dim, times in shapes:
+        local = max(1, heads // sizes.get("tensor", 1))
+        if context_form(queries, keys, local, sizes.get("context", 1)) == "ring":
+            continue  # a part of the compiled program
         efficiency = EFFICIENCY[chip][0 if dim == 128 else 1]
         padded = math.ceil(heads / ways) * ways
         seconds += times * each * 4 * queries * keys * padded * dim / (peak * efficiency) / ways

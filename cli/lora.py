@@ -146,7 +146,13 @@ def merge(
     from eqxdiff.pipeline import open_model
 
     plan = open_model(
-        model, weights, revision=revision, dtype=dtype, loras=lora, lora_partial=lora_partial
+        model,
+        weights,
+        revision=revision,
+        dtype=dtype,
+        loras=lora,
+        lora_partial=lora_partial,
+        fast=False,
     )
     assert plan.adapters is not None
     reports = plan.adapters.reports
@@ -192,7 +198,7 @@ def extract(
     from eqxdiff.pipeline import open_model
 
     check_new(output, ".safetensors")
-    plans = [open_model(model, where, dtype=jnp.float32) for where in (base, tuned)]
+    plans = [open_model(model, where, dtype=jnp.float32, fast=False) for where in (base, tuned)]
     names = plans[0].names("denoiser") + (plans[0].names("text") if text else [])
     kept: dict[str, float] = {}
     tensors: dict[str, Any] = {}

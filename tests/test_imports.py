@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 ORDER = [
     ("_types", "_errors", "_dtypes", "_config", "_lazy", "sharding", "control", "pictures"),
     ("nn", "kernels"),
+    ("passes",),
     ("tensors",),
     ("checkpoint",),
     ("hub",),
@@ -24,7 +25,7 @@ ORDER = [
     ("text", "vae"),
     ("models",),
     ("convert",),
-    ("lora", "passes"),
+    ("lora",),
     ("pipeline",),
     ("training",),
     ("cli",),

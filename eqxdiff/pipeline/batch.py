@@ -14,6 +14,7 @@ from .._errors import SettingError
 from .._types import PRNGKey
 from ..models import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text, tiles
 from ..sampling import (
+    AbstractNetwork,
     Blend,
     GuidedDenoiser,
     Hook,
@@ -39,6 +40,7 @@ class Example(eqx.Module):
     - `recipe`: schedule, solver, parameterization and guider.
     - `clean`: the latent that the noise is added to; `None` starts from noise alone.
     - `blend`: keeps a part of the input picture.
+    - `ahead`: whether the conditions are those that the network computed ahead.
     """
 
     key: PRNGKey
@@ -48,6 +50,7 @@ class Example(eqx.Module):
     recipe: Recipe
     clean: Float[Array, "h w c"] | None
     blend: Blend | None
+    ahead: bool = eqx.field(static=True, default=False)
 
     def start(self) -> Float[Array, "h w c"]:
         """Returns the noisy latent that sampling starts from."""
@@ -63,6 +66,8 @@ class Example(eqx.Module):
         - `modules`: those of the denoiser's stage.
         """
         network, recipe = model.network(modules, self.shared, dtype), self.recipe
+        if self.ahead and isinstance(network, AbstractNetwork):
+            network = network.rest()
         return GuidedDenoiser(network, self.conditions, recipe.guider, recipe.parameterization)
 
     def hooks(self, others: Sequence[Hook]) -> tuple[Hook, ...]:

@@ -16,6 +16,7 @@ from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
 from ..models import AbstractModel, Component, Family, Settings, own_names
+from ..passes import fast
 from ..sharding import on_mesh, parameter_sharding
 from ..text import Tokenizer
 
@@ -45,6 +46,8 @@ class Blueprint:
     - `parts`: where the weights of components are that are not the source's own.
     - `made_for`: the number of steps that the weights are made for, if there is one.
     - `note`: what a single file of weights lacks, and where that comes from instead.
+    - `fast`: whether the weights are in the order that computes fastest rather than in the
+        checkpoint's (`eqxdiff.passes`).
     - `adapters`: LoRAs, and whether they are `merged` rather than applied at run time.
     """
 
@@ -61,6 +64,7 @@ class Blueprint:
     parts: Mapping[str, Part]
     made_for: int | None
     note: str | None = None
+    fast: bool = False
     adapters: Fitted | None = None
     merged: bool = True
 
@@ -118,7 +122,10 @@ class Blueprint:
 
     def load(self, names: Sequence[str], *, progress: Progress | None = None) -> dict[str, Any]:
         """Loads components by name. **Raises:** `CheckpointError`, `SourceError`."""
-        return {name: self._load_component(name, progress) for name in names}
+        load = lambda name: self._load_component(name, progress)
+        if not self.fast:
+            return {name: load(name) for name in names}
+        return {name: fast(load(name), donate=True) for name in names}
 
     def _load_component(self, name: str, progress: Progress | None) -> Any:
         component, part = self.components[name], self.parts.get(name)

@@ -19,7 +19,7 @@ from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import decode_batch, steps
+from .sample import decode_batch, start_loop
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -180,14 +180,17 @@ def generate_each(
             needed = any(job.pixels is not None for job in group)
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
-            modules = stages.modules("denoiser")
-            x = None
             report("sampling", done, total)
-            for step in steps(blueprint, modules, batch, hooks):
-                x, done = step.x, done + 1
-                stages.attention |= step.attention
-                if progress is not None:
-                    x.block_until_ready()
+            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            stages.release("denoiser", started.loop.modules)
+            if progress is None:
+                x, attention = started.finish()
+                stages.attention |= attention
+            else:
+                x = None
+                for step in started.steps():
+                    x, done = step.x.block_until_ready(), done + 1
+                    stages.attention |= step.attention
                     report("sampling", done, total)
             pictures = _pictures(stages, vae if decode else None, group, x)
         yield from pictures

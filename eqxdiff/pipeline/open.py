@@ -42,6 +42,7 @@ def open_model(
     attention: Attention = "auto",
     attention_blocks: Blocks | None = None,
     mesh: Mesh | None = None,
+    fast: bool = True,
 ) -> Blueprint:
     """Reads all of a model but its weights: that is cheap, and finds most mistakes.
 
@@ -88,6 +89,7 @@ def open_model(
         opened,
         made_for,
         note,
+        fast,
         _fit(family, configs, loras, partial=lora_partial),
         lora_mode == "merge",
     )
@@ -183,6 +185,7 @@ def load(
     attention: Attention = "auto",
     attention_blocks: Blocks | None = None,
     mesh: Mesh | None = None,
+    fast: bool = True,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -210,6 +213,9 @@ def load(
         kernel.
     - `attention_blocks`: how many queries and how many keys a backend works on at a time.
     - `mesh`: made by `eqxdiff.make_mesh`, to spread weights and batches over devices.
+    - `fast`: keep the weights in the order that computes fastest; the results are the same to
+        rounding. `False` keeps the checkpoint's order, for code that reads or edits weights. LoRAs
+        and saving see the checkpoint's order in either case.
     - `revision`: branch, tag or commit of the repository.
     - `progress`: called as `progress(what, done, total)`.
 
@@ -230,5 +236,6 @@ def load(
         attention=attention,
         attention_blocks=attention_blocks,
         mesh=mesh,
+        fast=fast,
     )
     return Pipeline(blueprint.load(list(blueprint.components), progress=progress), blueprint)

@@ -1,5 +1,6 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from ..models import Modules
-from ..sampling import Hook, Row, State, begin, sample, step
-from ..sampling.sample import Remat
+from ..sampling import AbstractNetwork, Hook, Row, State, begin, sample, step
+from ..sampling.sample import Remat, finish, on_rows
 from ..sharding import BATCH_AXES, shard_batch
 from .batch import Example
 from .blueprint import Blueprint
@@ -53,11 +54,46 @@ def steps(
     - `batch`: from `stack_examples`.
     - `hooks`: shared by all pictures.
     """
+    yield from start_loop(blueprint, modules, batch, hooks).steps()
+
+
+class Started(NamedTuple):
+    """A loop before its first step.
+
+    `x` and `state` are given away: call one of the methods, once.
+    """
+
+    loop: "Loop"
+    """Its `modules` are those that the steps need: no others have to stay on the device."""
+
+    x: Float[Array, "n h w c"]
+    state: State
+
+    def steps(self) -> Iterator[Step]:
+        """Yields the steps, as `steps` does."""
+        loop, x, state = self
+        for index in range(loop.batch.recipe.schedule.alpha.shape[-1] - 1):
+            x, x0, row, state, used = _step((loop, jnp.asarray(index)), x, state)
+            yield Step(index, row, x, x0, used)
+
+    def finish(self) -> tuple[Float[Array, "n h w c"], Mapping[str, str]]:
+        """Takes all steps in one program. Returns the last latents, and `Step.attention`."""
+        return _finish(*self)
+
+
+def start_loop(
+    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+) -> Started:
+    """Computes all that no step changes. **Arguments:** as of `steps`."""
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
-    x, state = _begin(loop)
-    for index in range(batch.recipe.schedule.alpha.shape[-1] - 1):
-        x, x0, row, state, used = _step((loop, jnp.asarray(index)), x, state)
-        yield Step(index, row, x, x0, used)
+    x, state, conditions = _begin(loop)
+    network = blueprint.model.network(modules, batch.shared, blueprint.compute_dtype)
+    if isinstance(network, AbstractNetwork) and on_rows(hooks):
+        batch = dataclasses.replace(loop.batch, conditions=conditions, ahead=True)
+        used = set(map(id, jax.tree.leaves(network.rest())))
+        modules = eqx.filter(modules, jax.tree.map(lambda leaf: id(leaf) in used, modules))
+        loop = Loop(modules, batch, loop.hooks, blueprint)
+    return Started(loop, x, state)
 
 
 class Loop(eqx.Module):
@@ -81,10 +117,13 @@ class Loop(eqx.Module):
 
 
 @eqx.filter_jit
-def _begin(loop: Loop) -> tuple[Array, State]:
+def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
     def one(denoiser, example):
         x, recipe = example.start(), example.recipe
-        return x, begin(denoiser, x, recipe.schedule, recipe.solver)
+        state = begin(denoiser, x, recipe.schedule, recipe.solver)
+        if on_rows(loop.hooks):
+            denoiser = denoiser.ahead(x, recipe.schedule)
+        return x, state, denoiser.conditions
 
     with loop.blueprint.computing():
         return loop.map(one)(loop.batch)
@@ -105,6 +144,20 @@ def _step(
     with loop.blueprint.computing() as used:
         made = loop.map(one)(loop.batch, x, state)
     return *made, used
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _finish(
+    loop: Loop, x: Float[Array, "n h w c"], state: State
+) -> tuple[Array, Mapping[str, str]]:
+    def one(denoiser, example, x, state):
+        schedule, solver = example.recipe.schedule, example.recipe.solver
+        hooks = example.hooks(loop.hooks)
+        return finish(denoiser, x, state, schedule, solver, example.key, hooks)
+
+    with loop.blueprint.computing() as used:
+        x = loop.map(one)(loop.batch, x, state)
+    return x, used
 
 
 def sample_latent(

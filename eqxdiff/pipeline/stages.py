@@ -44,6 +44,13 @@ class AbstractStages(abc.ABC):
     def modules(self, stage: str) -> dict[str, Any]:
         """Returns the components of another stage."""
 
+    @abc.abstractmethod
+    def release(self, stage: str, needed: Modules) -> None:
+        """Frees the arrays of a stage that are not among those `needed`, where memory is scarce.
+
+        `modules` brings them back.
+        """
+
 
 class LoadedStages(AbstractStages):
     """The stages of a pipeline, all of which stay where they are."""
@@ -59,6 +66,9 @@ class LoadedStages(AbstractStages):
 
     def modules(self, stage: str) -> dict[str, Any]:
         return self._pipe.stage(stage)
+
+    def release(self, stage: str, needed: Modules) -> None:
+        pass
 
 
 class Stages(AbstractStages):
@@ -110,12 +120,22 @@ class Stages(AbstractStages):
         self._loaded[stage] = modules
         return modules
 
+    def release(self, stage: str, needed: Modules) -> None:
+        modules = self._loaded[stage]
+        if self._keep != "device" and not isinstance(modules, Parked):
+            self._loaded[stage] = Parked(modules, needed)
+
 
 class Parked:
-    """Modules in host memory. Those on the device are freed with the last reference to them."""
+    """Modules in host memory. Those on the device are freed with the last reference to them.
 
-    def __init__(self, modules: Mapping[str, Any]):
-        arrays, self._rest = eqx.partition(dict(modules), eqx.is_array)
+    Arrays that are needed meanwhile stay on the device.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], needed: Modules | None = None):
+        kept = set(map(id, jax.tree.leaves(needed)))
+        goes = lambda leaf: eqx.is_array(leaf) and id(leaf) not in kept
+        arrays, self._rest = eqx.partition(dict(modules), goes)
         self._arrays = jax.tree.map(np.asarray, arrays)
         # An array that was put nowhere in particular goes back there, or all is compiled anew.
         self._places = jax.tree.map(lambda x: x.sharding if x.committed else None, arrays)

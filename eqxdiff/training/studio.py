@@ -65,6 +65,7 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
         parts=given,
         dtype=jnp.float32,
         compute_dtype=model.compute_dtype,
+        fast=False,
         attention=model.attention,
         attention_blocks=model.attention_blocks or None,  # pyright: ignore[reportArgumentType]
     )
