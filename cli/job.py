@@ -161,33 +161,36 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
 
 
 def open_pictures(order: Order) -> dict[str, Any]:
-    """Reads the input picture and its mask, where they are given. **Raises:** `SourceError`."""
-    pictures = {}
-    for name, path in picture_files(order).items():
+    """Reads the input pictures and the mask, where they are given. **Raises:** `SourceError`."""
+
+    def read(name: str, path: Path) -> Any:
         try:
-            pictures[name] = read_picture(path, name)
+            return read_picture(path, name)
         except SourceError as error:
             raise SourceError(f"`{name}`: {error}") from None
+
+    pictures: dict[str, Any] = {}
+    if order.image:
+        pictures["image"] = [read("image", path) for path in order.image]
+    if order.mask is not None:
+        pictures["mask"] = read("mask", order.mask)
     return pictures
-
-
-def picture_files(order: Order) -> dict[str, Path]:
-    """Returns the files of the input picture and its mask, by the names of their options."""
-    files = {"image": order.image, "mask": order.mask}
-    return {name: path for name, path in files.items() if path is not None}
 
 
 def input_record(
     order: Order, pictures: dict[str, Any], controls: OpenedControls
 ) -> dict[str, Any]:
     """Returns the facts about the input pictures that are recorded, by the names of options."""
-    record: dict[str, Any] = {
-        name: {
-            "file": path.name,
-            "sha256": hashlib.sha256(np.asarray(pictures[name]).tobytes()).hexdigest(),
-        }
-        for name, path in picture_files(order).items()
+    facts = lambda path, picture: {
+        "file": path.name,
+        "sha256": hashlib.sha256(np.asarray(picture).tobytes()).hexdigest(),
     }
+    record: dict[str, Any] = {}
+    if order.image:
+        images = list(map(facts, order.image, pictures["image"]))
+        record["image"] = images[0] if len(images) == 1 else images
+    if order.mask is not None:
+        record["mask"] = facts(order.mask, pictures["mask"])
     crop = {"mask_blur": order.mask_blur or None, "mask_crop": order.mask_crop}
     record |= {name: value for name, value in crop.items() if value is not None}
     return record | ({"controls": controls.record} if controls.record else {})

@@ -75,10 +75,11 @@ class Order:
         int, _option("Picture", help="Make this many pictures of each prompt.")
     ] = 1
     image: Annotated[
-        Path | None,
+        list[Path] | None,
         _option(
             "Picture",
-            help="Begin with this picture; --strength says how much of it is made anew.",
+            help="Begin with this picture; --strength says how much of it is made anew. Models "
+            "that edit look at it instead, and take several: it may be repeated.",
             default="none",
         ),
     ] = None

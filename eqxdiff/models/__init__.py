@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from ._plugins import settings_classes as settings_classes
     from ._recipe import guider_of as guider_of, spread as spread
+    from ._references import References as References
     from ._registry import (
         FAMILIES as FAMILIES,
         families as families,
@@ -102,6 +103,7 @@ _HOMES = {
         "setting",
         "tiles",
     ),
+    "_references": ("References",),
     "_recipe": ("guider_of", "spread"),
     "_registry": (
         "FAMILIES",

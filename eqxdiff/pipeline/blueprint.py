@@ -15,7 +15,7 @@ from ..convert import locate
 from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings, own_names
+from ..models import AbstractModel, Component, Family, References, Settings, own_names
 from ..passes import fast
 from ..sharding import on_mesh, parameter_sharding
 from ..text import Tokenizer
@@ -105,6 +105,11 @@ class Blueprint:
     def controlnets(self) -> int:
         """The number of ControlNets."""
         return len(self.components) - len(self.family.components)
+
+    @property
+    def references(self) -> References | None:
+        """Which reference pictures the model takes, if it takes any."""
+        return self.family.references(self.configs)
 
     def names(self, stage: str) -> list[str]:
         """Names the components of a stage: `"text"`, `"denoiser"` or `"vae"`."""

@@ -92,7 +92,7 @@ def generate(
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 1,
-    image: Pictured | None = None,
+    image: Pictured | Sequence[Pictured] | None = None,
     mask: Pictured | None = None,
     mask_blur: float = 0.0,
     mask_crop: int | None = None,
@@ -177,7 +177,7 @@ def generate_each(
     for group in groups:
         encoded = next(texts)
         with stages.clock("images"):
-            needed = any(job.pixels is not None for job in group)
+            needed = any(job.encodes for job in group)
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
             report("sampling", done, total)
@@ -248,6 +248,7 @@ def _examples(
             job.settings,
             job.recipe,
             job.pixels,
+            job.references,
             seed_key(job.request.seed),
         )
         examples.append(job.example(blueprint, said, inputs))
@@ -290,7 +291,7 @@ def prepare(pipe: Pipeline, request: str | Request, **given: Any) -> Example:
     stages = stages_of(pipe)
     job = Job.make(pipe.blueprint, 0, request)
     encoded = list(_encoded(stages, [[job]], lambda what, done, total: None))
-    vae = {} if job.pixels is None else stages.modules("vae")
+    vae = stages.modules("vae") if job.encodes else {}
     return _examples(stages, vae, [job], encoded[0])[0]
 
 
