@@ -220,8 +220,8 @@ class Order:
         str | None,
         _option(
             "Memory",
-            help="Spread the work over devices along the axes data, fsdp and tensor, as in "
-            "data=4,fsdp=2.",
+            help="Spread the work over devices along the axes cfg, data, fsdp, context and tensor, "
+            "as in data=4,fsdp=2. -1 stands for the devices that remain.",
             metavar="AXES",
             default="one device",
         ),

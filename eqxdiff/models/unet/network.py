@@ -22,6 +22,7 @@ from ...nn import (
     silu,
     sinusoid,
 )
+from ...sharding import constrain
 from .blocks import DownBlock, Keys, MidBlock, SpatialTransformer, UpBlock
 from .config import UNetConfig
 
@@ -222,7 +223,7 @@ class UNet(eqx.Module):
         """Does what `__call__` does, and also returns what the levels put out."""
         embedders = self.time_embedding, self.add_embedding
         temb = embed_time(self.config, *embedders, timestep, added, guidance, x.dtype)
-        skips = [self.conv_in(x)]
+        skips = [self.conv_in(constrain(x, "rows", None, None))]
         down, mid, up = _by_level(context, len(self.down_blocks))
         for block, prompt in zip(self.down_blocks, down, strict=True):
             skips += block(skips[-1], temb, prompt, self.remat)
