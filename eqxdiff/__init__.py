@@ -7,6 +7,7 @@ from ._errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
     EqxdiffError as EqxdiffError,
+    HostsError as HostsError,
     PromptError as PromptError,
     SettingError as SettingError,
     SourceError as SourceError,

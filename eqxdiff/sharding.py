@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .distributed import reshard
+
 
 Axes = tuple[str | None, ...]
 Rule = tuple[str, Axes]
@@ -77,4 +79,4 @@ def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Splits the leading axis of every leaf over the batch axes of the mesh."""
     if mesh is None:
         return batch
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    return reshard(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
