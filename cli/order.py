@@ -241,8 +241,8 @@ class Order:
         int | None,
         _option(
             "Processes",
-            help="Share --prompt-file with this many jobs, which know nothing of each other: make "
-            "the pictures of each so-manieth line that are not in the folder --output yet.",
+            help="Share the lines of --prompt-file among this many jobs that know nothing of each "
+            "other, and make those pictures of this job that are not in the folder --output yet.",
             default="off",
         ),
     ] = None

@@ -16,7 +16,7 @@ from ._lazy import lazy
 
 
 if TYPE_CHECKING:
-    from . import lora as lora
+    from . import bulk as bulk, distributed as distributed, lora as lora
     from .models import (
         Family as Family,
         Settings as Settings,
@@ -51,6 +51,8 @@ __version__ = importlib.metadata.version("eqxdiff")
 
 # Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
 _HOMES = {
+    "bulk": (),
+    "distributed": (),
     "lora": (),
     "models": ("Family", "Settings", "find_model", "model_names"),
     "pipeline": (

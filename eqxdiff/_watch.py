@@ -1,4 +1,4 @@
-"""Processes that work on one thing: they meet, compare notes, and notice when one of them is gone.
+"""Processes that work on one thing notice when one of them is gone, and compare notes.
 
 Each process keeps a connection to process 0 open. JAX's own service ends a process by a failed
 check in C++, up to minutes later; a closed connection tells at once, and which process it was.
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, NoReturn
 
 from ._errors import HostsError, printable
@@ -34,7 +34,7 @@ def end_process(message: str) -> NoReturn:
 
 
 @dataclasses.dataclass(eq=False)
-class _Peer:
+class Peer:
     """Another process, at the other end of a connection."""
 
     name: str
@@ -59,23 +59,26 @@ class _Peer:
 
 
 class Watch:
-    """The connections of this process. See `meet`."""
+    """The connections of this process, which `meet` makes: of process 0 with all others, and of
+    each other one with process 0."""
 
     def __init__(
-        self, process: int, count: int, silence: float, on_loss: Callable[[str], None]
+        self,
+        process: int,
+        count: int,
+        peers: Mapping[int, Peer],
+        silence: float,
+        on_loss: Callable[[str], None],
     ) -> None:
         self.process, self.count = process, count
-        self._silence, self._on_loss = silence, on_loss
-        self._peers: dict[int, _Peer] = {}
+        self._peers, self._silence, self._on_loss = peers, silence, on_loss
         self._over, self._lost = threading.Event(), threading.Lock()
-
-    def _begin(self) -> None:
         for peer in self._peers.values():
             peer.heard = monotonic()
             threading.Thread(target=self._read, args=(peer,), daemon=True).start()
         threading.Thread(target=self._ping, daemon=True).start()
 
-    def _read(self, peer: _Peer) -> None:
+    def _read(self, peer: Peer) -> None:
         stop = None
         with contextlib.suppress(OSError), peer.connection:
             for message in peer.messages:
@@ -184,157 +187,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
 
 
-def meet(
-    address: str,
-    process: int,
-    count: int,
-    facts: Mapping[str, Any],
-    *,
-    own: Any = None,
-    timeout: float,
-    silence: float,
-    on_loss: Callable[[str], None] = end_process,
-) -> tuple[Watch, Any]:
-    """Waits until all processes have met at the address of process 0, and compares facts.
-
-    **Arguments:**
-
-    - `address`: `HOST:PORT`, where process 0 listens.
-    - `facts`, `own`: as of `Watch.agree`.
-    - `timeout`: the seconds after which a late process is an error.
-    - `silence`: the seconds without a sign after which a process counts as lost.
-    - `on_loss`: called in another thread with a message when a process is lost. It ends this one.
-
-    **Returns:** the watch, and what process 0 gave as `own`.
-
-    **Raises:** `HostsError`.
-    """
-    watch = Watch(process, count, silence, on_loss)
-    hello = {"process": process, "count": count, "host": socket.gethostname()}
-    try:
-        if process == 0:
-            watch._peers = _gather(address, count, timeout)
-        else:
-            watch._peers = {0: _reach(address, hello, timeout)}
-    except OSError as error:
-        why = error.strerror or error
-        raise HostsError(f"`coordinator` {address} cannot be used: {why}.") from None
-    watch._begin()
-    return watch, watch.agree(facts, own)
-
-
-def _gather(address: str, count: int, timeout: float) -> dict[int, _Peer]:
-    """Waits for the other processes. **Raises:** `HostsError` that names those that are late."""
-    until, peers = monotonic() + timeout, {}
-    with _listen(address) as server:
-        while len(peers) < count - 1:
-            server.settimeout(max(until - monotonic(), 0.001))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(5.0)
-                messages = _messages(connection)
-                hello = next(messages, {})
-                problem = _wrong(hello, peers, count)
-            except TimeoutError:
-                if monotonic() < until:
-                    continue
-                late = [str(k) for k in range(1, count) if k not in peers]
-                noun = "Process" if len(late) == 1 else "Processes"
-                message = f"{noun} {', '.join(late)} of {count} did not start within {timeout:g} s."
-                _refuse(peers, message)
-            except OSError:
-                continue
-            if "process" not in hello:
-                connection.close()  # somebody else
-                continue
-            number = hello["process"]
-            name = f"Process {number} on {hello.get('host')}"
-            peers.setdefault(number, _Peer(name, connection, messages))
-            if problem:
-                with connection, contextlib.suppress(OSError):
-                    connection.sendall(json.dumps({"stop": problem}).encode() + b"\n")
-                _refuse(peers, problem)
-    for peer in peers.values():
-        peer.connection.settimeout(None)
-        peer.send(host=socket.gethostname())
-    return peers
-
-
-def _refuse(peers: Mapping[int, _Peer], message: str) -> NoReturn:
-    for peer in peers.values():
-        peer.send(stop=message)
-        peer.connection.close()
-    raise HostsError(message)
-
-
-def _wrong(hello: Mapping[str, Any], peers: Mapping[int, _Peer], count: int) -> str:
-    """Says what is wrong with the numbers of a process that has come."""
-    if "process" not in hello:
-        return ""
-    number = hello["process"]
-    if hello.get("count") != count:
-        return (
-            f"The processes are not given the same: `num_processes` is {count} on process 0 and "
-            f"{hello.get('count')} on process {number}."
-        )
-    if number in peers or number == 0:
-        return f"Two processes have the `process_id` {number}: each needs its own."
-    return ""
-
-
-def _reach(address: str, hello: Mapping[str, Any], timeout: float) -> _Peer:
-    """Connects to process 0 and waits until all are there. **Raises:** `HostsError`."""
-    host, port = split_address(address)
-    until = monotonic() + timeout
-    while True:
-        try:
-            connection = socket.create_connection((host, port), max(until - monotonic(), 0.001))
-            break
-        except OSError as error:
-            if monotonic() + 0.2 > until:
-                raise HostsError(
-                    f"`coordinator` {address} was not reached within {timeout:g} s "
-                    f"({error.strerror or error}): start process 0 there, and check the address."
-                ) from None
-            sleep(0.2)
-    # Process 0 began to wait before and knows who is late: let it say so.
-    connection.settimeout(timeout + 5)
-    messages, message = _messages(connection), {}
-    with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(hello).encode() + b"\n")
-        message = next(messages, {})
-    if "host" not in message:
-        connection.close()
-        ended = f"Process 0 at {address} ended before all processes had started."
-        raise HostsError(message.get("stop", ended))
-    connection.settimeout(None)
-    return _Peer(f"Process 0 on {message['host']}", connection, messages)
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = split_address(address)
-    if host in ("localhost", "127.0.0.1"):
-        return socket.create_server((host, port))
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Splits `HOST:PORT`. **Raises:** `HostsError`."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise HostsError(f"`coordinator` {address} is not understood: write HOST:PORT.")
-    return host.strip("[]"), int(port)
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens at."""
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def _messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
+def read_messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
     """Yields the messages of a connection until its end. What is no message ends it, too."""
     pending = b""
     while len(pending) < MOST_LINE:

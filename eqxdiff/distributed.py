@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ._errors import EqxdiffError, HostsError, SettingError
-from ._watch import Watch, end_process, free_port, meet, split_address
+from ._meeting import free_port, meet, split_address
+from ._watch import Watch, end_process
 
 
 START_SECONDS = 300.0
@@ -165,7 +166,10 @@ def is_first() -> bool:
 def to_host(array: Any) -> np.ndarray:
     """Returns all of an array on every process, which must all call this in the same order."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        if isinstance(array.sharding, NamedSharding):  # one program for all arrays of a shape
+            array = reshard(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        if not array.is_fully_replicated:
+            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
@@ -199,6 +203,8 @@ def reshard(tree: Any, sharding: Sharding) -> Any:
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
+    if isinstance(tree, jax.Array) and tree.sharding.is_equivalent_to(sharding, tree.ndim):
+        return tree
     return _reshard(tree, sharding)  # device_put would refuse the keys of random numbers
 
 

@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).parents[1]
 # Each room may import the rooms on the lines above its own, and its own files.
 ORDER = [
     (
-        *("_types", "_errors", "_dtypes", "_config", "_lazy", "_files", "_watch", "distributed"),
-        *("sharding", "control", "pictures"),
+        *("_types", "_errors", "_dtypes", "_config", "_lazy", "_files", "_watch", "_meeting"),
+        *("distributed", "sharding", "control", "pictures"),
     ),
     ("nn", "kernels"),
     ("tensors",),
