@@ -24,7 +24,7 @@ from eqxdiff import HostsError, SettingError
 from eqxdiff._meeting import free_port, meet
 from eqxdiff._watch import differences
 from eqxdiff.checkpoint import export_tensors, load_module, read_table
-from eqxdiff.distributed import join
+from eqxdiff.distributed import join, versions
 from eqxdiff.models import find_model
 from eqxdiff.tensors import SafetensorsFile
 from eqxdiff.training import read_config, train
@@ -204,12 +204,34 @@ def test_processes_with_wrong_numbers_are_told(number, count, message):
     assert message in results[0]
 
 
+def test_other_versions_are_an_error_before_jax_is_started():
+    where, errors = address(), []
+
+    def first() -> None:
+        try:
+            with join(where, 0, 2, timeout=5):
+                pass
+        except HostsError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    time.sleep(0.3)
+    with hello(where, process=1, count=2, host="node7") as other:
+        facts = {**versions(), "the version of jax": "0.1"}
+        other.sendall(json.dumps({"said": facts}).encode() + b"\n")
+        thread.join(10)
+    now = versions()["the version of jax"]
+    assert f"the version of jax is {now} on process 0 and 0.1 on process 1." in errors[0]
+    assert not jax.distributed.is_initialized()
+
+
 # --- real processes
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_others_of_a_killed_process_stop_and_name_it(killed):
-    """The one that is told by Open MPI's launcher, and the one by options."""
+    """Process 0, with which the others have their connections, and another one."""
     where = address()
     processes = [worker("loop", ".", where, index, 3 - killed) for index in range(3 - killed)]
     for process in processes:
