@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from command import Cli, cli as cli, pixels
 
-from eqxdiff import PromptError, SettingError
+from eqxdiff import PromptError
 from eqxdiff.bulk import parse_line, read_lines
 
 
@@ -131,67 +133,65 @@ def test_rows_are_checked():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_ray_job_outlives_its_workers(tmp_path, monkeypatch):
+def test_a_ray_job_outlives_its_workers(tmp_path):
     """A worker is killed amid its rows: each picture is made once, and the index has all."""
-    ray = pytest.importorskip("ray")
-    import pyarrow
-    import pyarrow.parquet
-
-    from eqxdiff import bulk
-
+    pytest.importorskip("ray")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"prompt": each["prompt"], "seed": each.get("seed")} for each in LINES * 2]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "prompts.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "prompts.parquet")
     out = tmp_path / "out"
-    given = {"steps": 1, "width": 64, "height": 64}
-    environ = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environ |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
-    environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environ},
-    )
-    killed: list[int] = []
+    out.mkdir()
 
-    def kill() -> None:
-        """Kills the first worker that has made two pictures."""
-        while len(found(out)) < 2:
-            time.sleep(0.005)
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if command.startswith(b"ray::") and b"Painter" in command:
-                killed.append(int(folder.name))
-        seen.update(found(out))
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+    def job(*words: str) -> subprocess.Popen:
+        program = Path(sys.executable).with_name("eqxdiff")
+        settings = ["--set", "steps=1", "--set", "width=64", "--set", "height=64", *words]
+        files = ["--prompts", tmp_path / "prompts.parquet", "-o", out]
+        environ = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        environ |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "RAY_AUTH_MODE": "disabled"}
+        return subprocess.Popen(
+            [program, "bulk", "flux-emoji", *files, *settings],
+            env={**os.environ, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-    seen: dict[str, int] = {}
-    try:
-        import threading
+    run, until = job(), time.monotonic() + 120
+    while len(found(out)) < 2:
+        assert run.poll() is None, run.communicate()[1][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    killed = painters(tmp_path / "cache")
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    before = found(out)
+    printed, err = run.communicate(timeout=180)
+    assert run.returncode == 0, err[-3000:]
+    assert killed
+    assert len(before) < len(rows)
+    made = parquet.read_table(printed.splitlines()[-1]).to_pylist()
+    assert [row["line"] for row in made] == list(range(1, 11))
+    assert [row["seed"] for row in made[:3]] == [3, 2, 3]
+    every = found(out)
+    assert sorted(every) == sorted(row["file"] for row in made)
+    assert {name: every[name] for name in before} == before
+    again = job("--set", "steps=0")
+    _, err = again.communicate(timeout=180)
+    assert again.returncode == 1
+    assert "error: prompts.parquet, row 1: steps 0 is out of range" in err
+    assert found(out) == every
 
-        killer = threading.Thread(target=kill)
-        out.mkdir()
-        killer.start()
-        index = bulk.run(
-            "flux-emoji", tmp_path / "prompts.parquet", out, block=8, given=given,
-            resources={"num_cpus": 1},
-        )  # fmt: skip
-        killer.join(60)
-        made = pyarrow.parquet.read_table(index).to_pylist()
-        assert killed
-        assert [row["line"] for row in made] == list(range(1, 11))
-        every = found(out)
-        assert sorted(every) == sorted(row["file"] for row in made)
-        assert {name: every[name] for name in seen} == seen
-        bulk.run("flux-emoji", tmp_path / "prompts.parquet", out, given=given)
-        assert found(out) == every
-        with pytest.raises(SettingError, match="row 1: steps 0 is out of range"):
-            bulk.run("flux-emoji", tmp_path / "prompts.parquet", out, given={"steps": 0})
-    finally:
-        ray.shutdown()
+
+def painters(cache: Path) -> list[int]:
+    """The actors of Ray that keep their compiled programs in a folder."""
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environ = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if command.startswith(b"ray::") and b"Painter" in command and bytes(cache) in environ:
+            pids.append(int(folder.name))
+    return pids
