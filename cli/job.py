@@ -35,7 +35,7 @@ from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
 from .control import ControlOption, OpenedControls, open_controls
 from .hosts import digest_of, joined, order_facts
-from .mesh import batch_size_for, parse_mesh
+from .mesh import batch_size_for, parse_blocks, parse_mesh
 from .order import Order
 from .output import picture_paths, reserved, write_whole
 from .progress import AbstractReport, libraries_tell
@@ -149,7 +149,9 @@ def run(order: Order, report: AbstractReport) -> None:
                 stages, jobs, batch_size=batch_size, progress=report.progress
             ):
                 path = paths[picture.index]
-                record = run_record(blueprint, stages.dtypes, hashed, inputs, batch_size)
+                record = run_record(
+                    blueprint, stages.dtypes, stages.attention, hashed, inputs, batch_size
+                )
                 tells = {} if order.no_metadata else chunks(picture, blueprint, record)
                 replace = order.overwrite or shard is not None
                 write_whole(path, png(picture, tells), overwrite=replace)
@@ -167,7 +169,9 @@ def run(order: Order, report: AbstractReport) -> None:
             write_index(order, shard, blueprint, sources, requests, paths)
         report.finish(
             {
-                **run_record(blueprint, stages.dtypes, hashed, inputs, batch_size),
+                **run_record(
+                    blueprint, stages.dtypes, stages.attention, hashed, inputs, batch_size
+                ),
                 "settings": applied(sample.settings),
                 "images": made,
                 "files": [image["file"] for image in made],
@@ -215,38 +219,43 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
         revision=order.revision,
         dtype=order.dtype,
         compute_dtype=order.compute_dtype,
+        attention=order.attention,
+        attention_blocks=parse_blocks(order.attention_blocks),
         mesh=parse_mesh(order.mesh),
     )
 
 
 def open_pictures(order: Order) -> dict[str, Any]:
-    """Reads the input picture and its mask, where they are given. **Raises:** `SourceError`."""
-    pictures = {}
-    for name, path in picture_files(order).items():
+    """Reads the input pictures and the mask, where they are given. **Raises:** `SourceError`."""
+
+    def read(name: str, path: Path) -> Any:
         try:
-            pictures[name] = read_picture(path, name)
+            return read_picture(path, name)
         except SourceError as error:
             raise SourceError(f"`{name}`: {error}") from None
+
+    pictures: dict[str, Any] = {}
+    if order.image:
+        pictures["image"] = [read("image", path) for path in order.image]
+    if order.mask is not None:
+        pictures["mask"] = read("mask", order.mask)
     return pictures
-
-
-def picture_files(order: Order) -> dict[str, Path]:
-    """Returns the files of the input picture and its mask, by the names of their options."""
-    files = {"image": order.image, "mask": order.mask}
-    return {name: path for name, path in files.items() if path is not None}
 
 
 def input_record(
     order: Order, pictures: dict[str, Any], controls: OpenedControls
 ) -> dict[str, Any]:
     """Returns the facts about the input pictures that are recorded, by the names of options."""
-    record: dict[str, Any] = {
-        name: {
-            "file": path.name,
-            "sha256": hashlib.sha256(np.asarray(pictures[name]).tobytes()).hexdigest(),
-        }
-        for name, path in picture_files(order).items()
+    facts = lambda path, picture: {
+        "file": path.name,
+        "sha256": hashlib.sha256(np.asarray(picture).tobytes()).hexdigest(),
     }
+    record: dict[str, Any] = {}
+    if order.image:
+        images = list(map(facts, order.image, pictures["image"]))
+        record["image"] = images[0] if len(images) == 1 else images
+    if order.mask is not None:
+        record["mask"] = facts(order.mask, pictures["mask"])
     crop = {"mask_blur": order.mask_blur or None, "mask_crop": order.mask_crop}
     record |= {name: value for name, value in crop.items() if value is not None}
     return record | ({"controls": controls.record} if controls.record else {})

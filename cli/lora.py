@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from .helptext import documented
+from .signals import SIGNALS
 from .tables import table
 
 
@@ -145,7 +146,13 @@ def merge(
     from eqxdiff.pipeline import open_model
 
     plan = open_model(
-        model, weights, revision=revision, dtype=dtype, loras=lora, lora_partial=lora_partial
+        model,
+        weights,
+        revision=revision,
+        dtype=dtype,
+        loras=lora,
+        lora_partial=lora_partial,
+        fast=False,
     )
     assert plan.adapters is not None
     reports = plan.adapters.reports
@@ -156,7 +163,8 @@ def merge(
         or plan.source.read_json(f"{name}/config.json")
         for name in plan.components
     }
-    save_merged(plan.source, plan.load, configs, tables, stages, list(plan.tokenizers), output)
+    with SIGNALS.raised():
+        save_merged(plan.source, plan.load, configs, tables, stages, list(plan.tokenizers), output)
     if as_json:
         print(json.dumps({"folder": str(output), "loras": plan.adapters.record()}, indent=2))
         return
@@ -190,7 +198,7 @@ def extract(
     from eqxdiff.pipeline import open_model
 
     check_new(output, ".safetensors")
-    plans = [open_model(model, where, dtype=jnp.float32) for where in (base, tuned)]
+    plans = [open_model(model, where, dtype=jnp.float32, fast=False) for where in (base, tuned)]
     names = plans[0].names("denoiser") + (plans[0].names("text") if text else [])
     kept: dict[str, float] = {}
     tensors: dict[str, Any] = {}
@@ -202,7 +210,8 @@ def extract(
         )
         tensors |= found.tensors
         kept |= found.kept
-    save_extracted(output, tensors)
+    with SIGNALS.raised():
+        save_extracted(output, tensors)
     if as_json:
         print(json.dumps({"file": str(output), "rank": rank, "kept": kept}, indent=2))
         return

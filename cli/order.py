@@ -12,6 +12,17 @@ from .output import DEFAULT_NAME
 Dtype = Literal["float32", "bfloat16", "float16"]
 LoraMode = Literal["merge", "runtime"]
 Stage = Literal["text"]
+Attention = Literal[
+    "auto",
+    "xla",
+    "chunked",
+    "pallas_tpu",
+    "cudnn",
+    "pallas_gpu",
+    "dot_product",
+    "flash",
+    "cudnn_flash_te",
+]
 
 
 def _option(panel: str, *flags: str, default: str | None = None, **more: Any) -> Any:
@@ -65,10 +76,11 @@ class Order:
         int, _option("Picture", help="Make this many pictures of each prompt.")
     ] = 1
     image: Annotated[
-        Path | None,
+        list[Path] | None,
         _option(
             "Picture",
-            help="Begin with this picture; --strength says how much of it is made anew.",
+            help="Begin with this picture; --strength says how much of it is made anew. Models "
+            "that edit look at it instead, and take several: it may be repeated.",
             default="none",
         ),
     ] = None
@@ -213,6 +225,22 @@ class Order:
             "data=4,fsdp=2.",
             metavar="AXES",
             default="one device",
+        ),
+    ] = None
+    attention: Annotated[
+        Attention,
+        _option(
+            "Memory",
+            help="Compute attention by this backend. The last three are MaxDiffusion's names.",
+        ),
+    ] = "auto"
+    attention_blocks: Annotated[
+        str | None,
+        _option(
+            "Memory",
+            help="Let attention work on blocks of so many queries and keys.",
+            metavar="QUERIES,KEYS",
+            default="the backend's",
         ),
     ] = None
     coordinator: Annotated[

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from eqxdiff import SettingError
-from eqxdiff._files import OutputError, draft_in, exists, explained, write_whole as write_whole
+from eqxdiff._files import OutputError, draft_in, exists, explained, write_whole as write_file
+
+from .signals import SIGNALS
 
 
 DEFAULT_NAME = "{model}-{seed}-{index}.png"
@@ -88,7 +90,13 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
     **Raises:** `OutputError` where a file exists already or cannot be written.
     """
     made: list[Path] = []
-    try:
+
+    def remove() -> None:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    with SIGNALS.cleaned(remove):
         for path in paths:
             with explained(path):
                 if exists(path) and not overwrite:
@@ -102,12 +110,18 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
                 missing = [each for each in (folder, *folder.parents) if not exists(each)]
                 made += missing
                 folder.mkdir(parents=True, exist_ok=True)
-                draft = draft_in(folder)
-                draft.touch()
-                draft.unlink()
+                with SIGNALS.undisturbed():
+                    draft = draft_in(folder)
+                    draft.touch()
+                    draft.unlink()
         yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+
+
+def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Writes a file that appears when all of it is on disk, or not at all.
+
+    **Raises:** `OutputError` where the file exists already or cannot be written.
+    """
+    with SIGNALS.undisturbed():
+        write_file(path, data, overwrite=overwrite)
+        SIGNALS.saved(path)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from .signals import SIGNALS
+
 
 SPARSE_SECONDS = 10.0
 """The time between two lines of progress where a line cannot be overwritten."""
@@ -71,7 +73,8 @@ def train(
     progress, settings = _TrainingProgress(quiet, as_json), read_config(config)
     facts = {"the config": str(settings), "`resume`": resume, "`mesh`": mesh}
     numbers = coordinator, process_id, num_processes, start_timeout, facts
-    with compile_cache(None), joined(*numbers, mesh=mesh, as_json=as_json) as hosts:
+    together = joined(*numbers, mesh=mesh, as_json=as_json)
+    with compile_cache(None), SIGNALS.raised(), together as hosts:
         folder = train(settings, output, resume=resume, mesh=parse_mesh(mesh), report=progress)
         progress.clear()
         if hosts.index == 0:

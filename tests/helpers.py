@@ -26,15 +26,17 @@ def fake_tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndar
     """A float32 tensor that depends on its name and shape alone.
 
     Matrices and kernels are normal with standard deviation `gain / sqrt(fan_in)`, so that signals
-    keep their size. Vectors called `weight` are scattered about one and other vectors about zero,
-    so that no norm, bias or zero-initialised layer is trivial. The legacy generator's stream
-    never changes.
+    keep their size. Vectors called `weight` are scattered about one, variances are positive, and
+    other vectors are scattered about zero, so that no norm, bias or zero-initialised layer is
+    trivial. The legacy generator's stream never changes.
     """
     normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) > 1:
         normal *= gain / np.sqrt(np.prod(shape[1:]))
     elif name.endswith("weight"):
         normal = 1 + 0.3 * normal
+    elif name.endswith("running_var"):
+        normal = np.exp(0.5 * normal)
     else:
         normal *= 0.2
     return normal.astype(np.float32)

@@ -44,16 +44,8 @@ def components(model: str) -> dict[str, eqx.Module]:
     return modules
 
 
-TABLES = {
-    "unet": "unet",
-    "transformer": "flux1_transformer",
-    "text_encoder": "clip",
-}
-
-
 def table_of(model: str, component: str):
-    t5 = model.startswith("flux") and component == "text_encoder_2"
-    return read_table("t5" if t5 else TABLES.get(component, "clip"))
+    return read_table(find_model(model)[0].components[component].table)
 
 
 @functools.cache
@@ -232,6 +224,27 @@ BFL = {
 }
 """Modules of the original FLUX.1 and the modules of diffusers whose rows they are."""
 
+KLEIN = {
+    "double_blocks.1.img_attn.qkv": QKV,
+    "double_blocks.1.txt_attn.qkv": TXT_QKV,
+    "double_blocks.1.img_attn.proj": f"{DOUBLE}.attn.to_out.0",
+    "double_blocks.1.txt_attn.proj": f"{DOUBLE}.attn.to_add_out",
+    "double_blocks.1.img_mlp.0": f"{DOUBLE}.ff.linear_in",
+    "double_blocks.1.img_mlp.2": f"{DOUBLE}.ff.linear_out",
+    "double_blocks.1.txt_mlp.0": f"{DOUBLE}.ff_context.linear_in",
+    "double_blocks.1.txt_mlp.2": f"{DOUBLE}.ff_context.linear_out",
+    "single_blocks.1.linear1": f"{SINGLE}.attn.to_qkv_mlp_proj",
+    "single_blocks.1.linear2": f"{SINGLE}.attn.to_out",
+    "final_layer.linear": "transformer:proj_out",
+    "img_in": "transformer:x_embedder",
+    "txt_in": "transformer:context_embedder",
+    "time_in.in_layer": "transformer:time_guidance_embed.timestep_embedder.linear_1",
+    "double_stream_modulation_img.lin": "transformer:double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "transformer:double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "transformer:single_stream_modulation.linear",
+}
+"""Modules of the original FLUX.2 and the modules of diffusers whose rows they are."""
+
 FLUX = [f"{DOUBLE}.attn.to_q", f"{DOUBLE}.ff.net.0.proj", f"{DOUBLE}.norm1.linear"]
 FLUX += [f"{SINGLE}.attn.to_k", f"{SINGLE}.proj_mlp", f"{SINGLE}.proj_out"]
 FLUX += ["transformer:x_embedder", "transformer:norm_out.linear"]
@@ -307,6 +320,45 @@ def dotted_bfl(prefix: str, style: str) -> Callable[[Draft], None]:
         swapped_halves(draft, f"{prefix}final_layer.adaLN_modulation.1", style)
 
     return make
+
+
+def klein(prefix: str, style: str, alpha: float | None = None) -> Callable[[Draft], None]:
+    """FLUX.2 by the original names; with a prefix that ends in `_` dots are underscores."""
+
+    def make(draft: Draft) -> None:
+        for name, targets in KLEIN.items():
+            stem = name.replace(".", "_") if prefix.endswith("_") else name
+            draft.lora(f"{prefix}{stem}", targets, style=style, alpha=alpha)
+        last = "final_layer.adaLN_modulation.1"
+        stem = last.replace(".", "_") if prefix.endswith("_") else last
+        swapped_halves(draft, f"{prefix}{stem}", style, alpha)
+
+    return make
+
+
+def klein_diffusers(prefix: str, *, cut: bool = False) -> Callable[[Draft], None]:
+    """FLUX.2 by the names of diffusers; `cut`: as some exports begin the names of its blocks."""
+
+    def make(draft: Draft) -> None:
+        for target in (QKV[0], f"{DOUBLE}.ff.linear_in", f"{SINGLE}.attn.to_qkv_mlp_proj"):
+            name = target.partition(":")[2]
+            name = name.replace("transformer_blocks", "sformer_blocks", 1) if cut else name
+            name = name.replace("single_sformer", "single_transformer")
+            draft.lora(f"{prefix}{name}", target, style="peft")
+
+    return make
+
+
+def klein_lokr(draft: Draft) -> None:
+    """ai-toolkit's LoKr of fused projections, whose product each projection takes its rows of."""
+    for name in ("double_blocks.1.txt_attn.qkv", "single_blocks.1.linear1"):
+        out, inner = draft.shape(KLEIN[name])
+        one, two = noise(f"{name} one", 3, 4), noise(f"{name} two", out // 3, inner // 4)
+        draft.file |= {
+            f"diffusion_model.{name}.lokr_w1": one,
+            f"diffusion_model.{name}.lokr_w2": two,
+        }
+        draft.expect(KLEIN[name], np.kron(one.astype(np.float64), two.astype(np.float64)))
 
 
 def xlabs(draft: Draft) -> None:
@@ -492,6 +544,18 @@ FORMATS: dict[str, tuple[str, str, Callable[[Draft], None]]] = {
     "diffusers-flux-named": ("flux-dev", "diffusers", diffusers_flux("named")),
     "diffusers-flux-dotted": ("flux-dev", "diffusers", diffusers_flux("dotted")),
     "diffusers-flux-bare": ("flux-dev", "diffusers", diffusers_flux("bare")),
+    "kohya-klein": ("flux2-klein-4b", "kohya", klein("lora_unet_", "kohya", 2)),
+    "comfyui-klein": ("flux2-klein-4b", "comfyui", klein("diffusion_model.", "kohya", 2)),
+    "ai-toolkit-klein": ("flux2-klein-4b", "ai-toolkit", klein("diffusion_model.", "peft")),
+    "bfl-klein": ("flux2-klein-4b", "bfl", klein("", "peft")),
+    "peft-klein": ("flux2-klein-4b", "fal", klein("base_model.model.", "peft")),
+    "diffusers-klein": ("flux2-klein-4b", "diffusers", klein_diffusers("transformer.")),
+    "cut-names-klein": (
+        "flux2-klein-4b",
+        "cut-names",
+        klein_diffusers("diffusion_model.", cut=True),
+    ),
+    "ai-toolkit-lokr-klein": ("flux2-klein-4b", "comfyui", klein_lokr),
     "diffusers-metadata": ("flux-dev", "diffusers", diffusers_metadata),
     "diffusers-unet": ("sd15", "diffusers", diffusers_unet),
     "diffusers-attn": ("sd15", "diffusers-attn", attention_processors),

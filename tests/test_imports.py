@@ -20,6 +20,7 @@ ORDER = [
         *("distributed", "sharding", "control", "pictures"),
     ),
     ("nn", "kernels"),
+    ("passes",),
     ("tensors",),
     ("checkpoint",),
     ("hub",),
@@ -27,10 +28,11 @@ ORDER = [
     ("text", "vae"),
     ("models",),
     ("convert",),
-    ("lora", "passes"),
+    ("lora",),
     ("pipeline",),
     ("training", "bulk"),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LEAVES = ORDER[0]

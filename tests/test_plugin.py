@@ -452,7 +452,7 @@ def spoken(tree: ast.AST) -> list[str]:
 def test_nothing_outside_the_families_names_one():
     words, found = words_of_families(), []
     inside = {path.parent for path in PACKAGE.glob("models/*/*.py")}
-    assert {path.name for path in inside} == {"flux1", "sd", "sdxl", "unet"}
+    assert {path.name for path in inside} == {"flux1", "flux2", "sd", "sdxl", "unet"}
     files = [path for path in PACKAGE.rglob("*.py") if path.parent not in inside]
     for path in [*files, *CLI.glob("*.py")]:
         name = path.relative_to(CLI.parent).as_posix()

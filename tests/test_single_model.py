@@ -25,7 +25,7 @@ def assert_same(plan, other, *components):
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("checkpoint", ["sdxl", "flux-dev"], indirect=True)
+@pytest.mark.parametrize("checkpoint", ["sdxl", "flux-dev", "flux2-klein-4b"], indirect=True)
 def test_a_single_file_gives_the_same_model_as_a_folder(checkpoint):
     model, folder = checkpoint
     plan = open_model(model, str(folder / "all.safetensors"))

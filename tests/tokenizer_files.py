@@ -3,9 +3,12 @@
 import base64
 import gzip
 import json
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from helpers import FIXTURES
 
 from eqxdiff.text._sentencepiece import read_unigram
@@ -240,3 +243,84 @@ FOLDERS = {
     "t5": write_t5,
     "t5_json": write_t5_json,
 }
+
+
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+
+def qwen_vocab() -> tuple[dict[str, int], list[str]]:
+    """A byte-level vocabulary in the manner of Qwen's, and its merges, trained by `qwen3.py`."""
+    fields = json.loads(gzip.decompress((FIXTURES / "qwen_merges.json.gz").read_bytes()))
+    return fields["vocab"], fields["merges"]
+
+
+def write_qwen(folder: Path, *, whole: bool) -> Path:
+    """A tokenizer of Qwen's, with `tokenizer.json` where it is `whole`, or of two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = qwen_vocab()
+    flags = {"normalized": False}
+    added = [
+        {"id": len(vocab) + i, **token(name, special="think" not in name, **flags)}
+        for i, name in enumerate(QWEN_SPECIAL)
+    ]
+    if whole:
+        model = {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None}
+        fields = {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"}}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        fields |= {"pre_tokenizer": byte_level, "model": model}
+        write_json(folder / "tokenizer.json", fields)
+    else:
+        write_json(folder / "vocab.json", vocab)
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+    decoder = {str(each["id"]): {k: v for k, v in each.items() if k != "id"} for each in added}
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": QWEN_SPECIAL[1:3],
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    return folder
+
+
+NASTY = [
+    *("a photo of a cat", "Masterpiece, best quality", "it's WE'LL I'd they'Ve y'all'd've 'tis"),
+    *("Cafe\u0301 na\u0308ive \u212b", "Ünïcödé", "h̷e̷l̷l̷o̷", "İstanbul ǅ ß ẞ ﬁ ŉ Σίσυφος"),
+    *("👩‍👩‍👧‍👦", "🏳️‍🌈 ❤️", "🇩🇪🇫🇷", "一只猫在月亮上", "漢字かなカタカナｶﾀｶﾅ", "한국어 고양이"),
+    *("العَرَبِيَّة صورة", "עִבְרִית", "हिन्दी बिल्ली", "ไทยแมว", "12345 3.14 1,000 ½ ² ٣ Ⅷ ①"),
+    *(" ", "   ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "\u3000", "\u00a0", "\u2028"),
+    *("\u200b", "\ufeff"),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"),
+    *("<|im_", "|>", "<|IM_END|>"),
+    *("!!!", "?!.,;:", "(masterpiece:1.2)", "[a|b]", "{x}", "<lora:x:0.8>", "\\n"),
+    *("snake_case__", "--"),
+    *("\x00\x01\x07\x7f\x85\u00ad", "\ufffd", "\U0010ffff", "x" * 40, "http://a.b/c?d=e&f#g"),
+    *("$€£¥",),
+]  # fmt: skip
+
+
+def nasty_prompts(count: int = 2000) -> list[str]:
+    """Prompts of up to a dozen awkward pieces, with and without blanks between; always the same."""
+    rng = np.random.RandomState(13)
+    prompts = []
+    for _ in range(count):
+        pieces = [NASTY[i] for i in rng.randint(len(NASTY), size=rng.randint(1, 13))]
+        points = rng.randint(1, 0x2FFFF, size=rng.randint(4))
+        pieces += [chr(point) for point in points if not 0xD800 <= point < 0xE000]
+        order, joins = rng.permutation(len(pieces)), rng.randint(2, size=len(pieces))
+        prompts.append(
+            "".join(pieces[i] + " " * join for i, join in zip(order, joins, strict=True))
+        )
+    return prompts
+
+
+def checksum(ids: Iterable[int]) -> int:
+    """A number that tells one row of token ids from another."""
+    return zlib.crc32(np.asarray(list(ids), np.int32).tobytes())

@@ -163,7 +163,9 @@ class Painter:
             for column, value in zip(made.values(), values, strict=True):
                 column.append(value)
         for picture in generate_each(self._stages, jobs, batch_size=self._batch_size):
-            record = run_record(blueprint, self._stages.dtypes, None, {}, self._batch_size)
+            record = run_record(
+                blueprint, self._stages.dtypes, self._stages.attention, None, {}, self._batch_size
+            )
             data = png(picture, chunks(picture, blueprint, record))
             write_whole(self._output / made["file"][picture.index], data, overwrite=True)
         return made

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ..distributed import to_host
+from ..passes import published
 from ..tensors.source import TensorInfo
 from .load import leaf_paths
 from .plan import Move, Shape, compile_plan
@@ -24,12 +25,14 @@ def export_infos(module: Any, table: Table) -> dict[str, TensorInfo]:
 def export_tensors(module: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of the table's layout, each in the dtype of its leaf.
 
+    The weights are in the checkpoint's order, whatever passes the module has gone through.
+
     Of a tensor with several spellings the first is written; what the table drops is not. Where the
     module is spread over processes, all of them must run this to its end.
 
     **Raises:** `ValueError` where the table does not cover the module.
     """
-    leaves = leaf_paths(module)
+    leaves = leaf_paths(published(module))
     for tensor, info, moves in _layout(module, table):
         out = np.empty(info.shape, info.dtype)
         for move in moves:

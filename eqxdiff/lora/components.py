@@ -12,6 +12,7 @@ from ..checkpoint.load import dotted, is_leaf
 from ..checkpoint.plan import Move
 from ..checkpoint.table import TableFile
 from ..models import Component, LoraNames, families as known_families
+from ..passes import published
 
 
 WHOLE = "model"
@@ -25,7 +26,7 @@ class AdaptedComponent:
     **Fields:**
 
     - `name`, `path`: its name, and its place in the model as JAX's keys.
-    - `module`: the component itself, or its skeleton.
+    - `module`: the component itself in the checkpoint's order, or its skeleton.
     - `tables`: the key tables of its published layouts.
     - `prefixes`: the prefixes that families list for it.
     """
@@ -119,7 +120,7 @@ def find_components(
         named = [entry for entry in fits if entry.name == name] or fits[:1]
         prefixes = dict.fromkeys(text for entry in named for text in entry.prefixes)
         layouts = tuple(map(read_table, named[0].layouts))
-        found.append(AdaptedComponent(name, path, node, layouts, tuple(prefixes)))
+        found.append(AdaptedComponent(name, path, published(node), layouts, tuple(prefixes)))
     if found:
         return found
     prefixes = [
@@ -127,7 +128,7 @@ def find_components(
     ]
     names = [f"{name}." for family in families for name in family.components]
     listed = dict.fromkeys((*prefixes, *(f"{n}base_model.model." for n in names), *names))
-    return [AdaptedComponent(WHOLE, (), model, tuple(tables or ()), tuple(listed))]
+    return [AdaptedComponent(WHOLE, (), published(model), tuple(tables or ()), tuple(listed))]
 
 
 def follow(tree: Any, path: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ from .._errors import SettingError
 from ..checkpoint import Table, leaf_paths
 from ..distributed import put_like, to_host
 from ..nn import Adapted
+from ..passes import fast, is_fast
 from .components import AdaptedComponent, follow
 from .fit import Adapters, fit, opened, widen
 from .fitted import Fitted, ReadLeaf
@@ -76,12 +77,15 @@ def merge_fitted(model: Model, fitted: Fitted, *, sign: float = 1.0) -> Model:
 
 
 def replace_parts(model: Model, parts: Sequence[AdaptedComponent], new: Sequence[Any]) -> Model:
-    """Returns the model with other components in the places of these."""
-    if any(not part.path for part in parts):
-        return new[0]
+    """Returns the model with other components in the places of these, in the same form."""
     if not parts:
         return model
-    return eqx.tree_at(lambda m: [follow(m, list(part.path)) for part in parts], model, list(new))
+    where = lambda model: [follow(model, list(part.path)) for part in parts]
+    pairs = zip(where(model), new, strict=True)
+    formed = [fast(component) if is_fast(old) else component for old, component in pairs]
+    if any(not part.path for part in parts):
+        return formed[0]
+    return eqx.tree_at(where, model, formed)
 
 
 def is_adapted(node: Any) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from ._plugins import settings_classes as settings_classes
     from ._recipe import guider_of as guider_of, spread as spread
+    from ._references import References as References
     from ._registry import (
         FAMILIES as FAMILIES,
         families as families,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         complete as complete,
         declarations as declarations,
         image_step as image_step,
+        own_names as own_names,
         setting as setting,
         tiles as tiles,
     )
@@ -97,9 +99,11 @@ _HOMES = {
         "complete",
         "declarations",
         "image_step",
+        "own_names",
         "setting",
         "tiles",
     ),
+    "_references": ("References",),
     "_recipe": ("guider_of", "spread"),
     "_registry": (
         "FAMILIES",

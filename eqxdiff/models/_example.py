@@ -13,7 +13,7 @@ def read_example(file: Traversable, model: str) -> Mapping[str, str]:
 
     **Arguments:**
 
-    - `file`: a JSON object: `"tokenizers"` maps the folder of a tokenizer to `"clip"` or `"t5"`,
+    - `file`: a JSON object: `"tokenizers"` maps the folder of a tokenizer to its kind,
         `"files"` the path of a config to its fields, and `"models"` the name of a model to the
         fields that are different for it, by path.
     """

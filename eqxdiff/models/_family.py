@@ -15,6 +15,7 @@ from ..sharding import Rule
 from ._files import PublishedFiles
 from ._lora import LoraNames
 from ._model import AbstractModel
+from ._references import References
 from ._settings import Settings
 
 
@@ -88,6 +89,10 @@ def no_controlnets(configs: Configs, fields: Mapping[str, Any] | None) -> Any:
     raise NotImplementedError
 
 
+def no_references(configs: Configs) -> References | None:
+    """Stands for `Family.references` in a family that takes no reference pictures."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """All that the loader, the converter, LoRAs and the command line know of a family.
@@ -110,6 +115,8 @@ class Family:
     - `controlnet`: the ControlNets that go with it, if there are any.
     - `control_config`: makes the config of a ControlNet for a model of these configs from its
         `config.json`, or from `None` where a file comes without. Raises `ConfigError`.
+    - `references`: returns which reference pictures a model of these configs takes; `None` where it
+        begins with one picture instead, of which a part is made anew.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Family:
     lora: LoraNames = dataclasses.field(default_factory=LoraNames)
     controlnet: Component | None = None
     control_config: Callable[[Configs, Mapping[str, Any] | None], Any] = no_controlnets
+    references: Callable[[Configs], References | None] = no_references
 
     def __post_init__(self):
         if set(self.components) != set(self.settings.components):

@@ -71,12 +71,14 @@ class Inputs(eqx.Module):
     - `masked`: the latent of the input picture without the masked part, for models that `inpaints`
         is true for.
     - `controls`: one for each ControlNet.
+    - `references`: the latents of the pictures that an editing model looks at, in their own sizes.
     """
 
     image: Float[Array, "h w channels"] | None = None
     mask: Float[Array, "h w 1"] | None = None
     masked: Float[Array, "h w channels"] | None = None
     controls: tuple[Control, ...] = ()
+    references: tuple[Float[Array, "_ _ channels"], ...] = ()
 
 
 class Recipe(eqx.Module):

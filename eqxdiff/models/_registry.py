@@ -6,11 +6,12 @@ from .._errors import SettingError
 from ._family import Family, Preset
 from ._plugins import plugins
 from .flux1.family import FLUX1
+from .flux2.family import FLUX2
 from .sd.family import STABLE_DIFFUSION
 from .sdxl.family import STABLE_DIFFUSION_XL
 
 
-FAMILIES: tuple[Family, ...] = (FLUX1, STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+FAMILIES: tuple[Family, ...] = (FLUX1, FLUX2, STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 """The families of this package, in the order of their tables."""
 
 

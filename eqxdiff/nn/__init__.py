@@ -10,12 +10,18 @@ from .embedding import (
 )
 from .fold import (
     Keep as Keep,
+    each as each,
     everything as everything,
     fold as fold,
     nothing as nothing,
     stack as stack,
 )
-from .linear import AbstractLinear as AbstractLinear, Linear as Linear
+from .linear import (
+    AbstractLinear as AbstractLinear,
+    Linear as Linear,
+    settle as settle,
+    side_by_side as side_by_side,
+)
 from .mlp import (
     MLP as MLP,
     gelu_erf as gelu_erf,
@@ -33,4 +39,9 @@ from .resnet import (
     ResnetBlock2D as ResnetBlock2D,
     Upsample2D as Upsample2D,
 )
-from .rope import apply_rope as apply_rope, rope as rope
+from .rope import (
+    AbstractRotary as AbstractRotary,
+    Order as Order,
+    apply_rope as apply_rope,
+    rope as rope,
+)

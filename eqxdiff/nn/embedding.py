@@ -60,12 +60,18 @@ class EmbeddingMLP(eqx.Module):
 
     @classmethod
     def init(
-        cls, in_features: int, features: int, *, key: PRNGKey, dtype: DTypeLike = jnp.float32
+        cls,
+        in_features: int,
+        features: int,
+        *,
+        bias: bool = True,
+        key: PRNGKey,
+        dtype: DTypeLike = jnp.float32,
     ) -> Self:
         key1, key2 = jax.random.split(key)
         return cls(
-            Linear.init(in_features, features, key=key1, dtype=dtype),
-            Linear.init(features, features, key=key2, dtype=dtype),
+            Linear.init(in_features, features, bias=bias, key=key1, dtype=dtype),
+            Linear.init(features, features, bias=bias, key=key2, dtype=dtype),
         )
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

@@ -55,3 +55,13 @@ def fold(
         return carry, keep(carry)
 
     return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, arrays)
+
+
+def each(blocks: Block, apply: Callable[[Block], PyTree]) -> PyTree:
+    """Returns `apply(block)` of stacked blocks, stacked along a leading axis.
+
+    The blocks are computed one after the other, as in `fold`: of weights that are spread over
+    devices, only one block's are gathered at a time.
+    """
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+    return jax.lax.map(lambda layer: apply(eqx.combine(layer, static)), arrays)

@@ -5,6 +5,7 @@ from typing import Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
@@ -54,10 +55,41 @@ class Linear(AbstractLinear):
         return cls(weight, jax.random.uniform(bias_key, shape[:1], dtype, -bound, bound))
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        wide = at_least_float32(x.dtype)
-        weight = self.weight.astype(x.dtype)
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(x, weight, contract, preferred_element_type=wide)
+        return self.over(x)
+
+    def over(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
+        """Maps a trailing axis that comes in parts: their products are summed and rounded once."""
+        dtype = parts[0].dtype
+        wide = at_least_float32(dtype)
+        ends = np.cumsum([x.shape[-1] for x in parts])[:-1]
+        contract = (((parts[0].ndim - 1,), (1,)), ((), ()))
+        products = [
+            jax.lax.dot_general(x, weight.astype(dtype), contract, preferred_element_type=wide)
+            for x, weight in zip(parts, jnp.split(self.weight, ends, axis=1), strict=True)
+        ]
+        y = sum(products[1:], start=products[0])
         if self.bias is not None:
             y = y + self.bias.astype(wide)
-        return y.astype(x.dtype)
+        return y.astype(dtype)
+
+
+def side_by_side(
+    layer: AbstractLinear, *parts: Float[Array, "*batch _"]
+) -> Float[Array, "*batch out"]:
+    """Computes `layer(jnp.concatenate(parts, axis=-1))`, by a `Linear` without the concatenation.
+
+    The products are summed in at least float32 and rounded once. Layers of other kinds, such as
+    those with adapters, get the concatenation.
+    """
+    if isinstance(layer, Linear):
+        return layer.over(*parts)
+    return layer(jnp.concatenate(parts, axis=-1))
+
+
+def settle(x: Array) -> Array:
+    """Returns `x`, computed once and kept in memory for all who read it.
+
+    XLA for TPUs otherwise computes a norm or an activation again within each matrix product that
+    reads it, tile by tile, and the matrix unit waits for it.
+    """
+    return jax.lax.optimization_barrier(x)

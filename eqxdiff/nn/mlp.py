@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
-from .linear import AbstractLinear, Linear
+from .linear import AbstractLinear, Linear, settle
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -52,4 +52,4 @@ class MLP(eqx.Module):
         )
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return self.proj_out(self.activation(self.proj_in(x)))
+        return self.proj_out(settle(self.activation(self.proj_in(x))))

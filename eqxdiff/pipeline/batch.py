@@ -14,6 +14,7 @@ from .._errors import SettingError
 from .._types import PRNGKey
 from ..models import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text, tiles
 from ..sampling import (
+    AbstractNetwork,
     Blend,
     GuidedDenoiser,
     Hook,
@@ -22,7 +23,7 @@ from ..sampling import (
     start,
 )
 from .blueprint import Blueprint
-from .inputs import STRENGTH, Pixels, read_pixels
+from .inputs import STRENGTH, Pixels, one_image, read_pixels, read_references
 from .request import Request, check_noise
 from .texts import Cut, Encoded, tokenize
 
@@ -39,6 +40,7 @@ class Example(eqx.Module):
     - `recipe`: schedule, solver, parameterization and guider.
     - `clean`: the latent that the noise is added to; `None` starts from noise alone.
     - `blend`: keeps a part of the input picture.
+    - `ahead`: whether the conditions are those that the network computed ahead.
     """
 
     key: PRNGKey
@@ -48,6 +50,7 @@ class Example(eqx.Module):
     recipe: Recipe
     clean: Float[Array, "h w c"] | None
     blend: Blend | None
+    ahead: bool = eqx.field(static=True, default=False)
 
     def start(self) -> Float[Array, "h w c"]:
         """Returns the noisy latent that sampling starts from."""
@@ -63,6 +66,8 @@ class Example(eqx.Module):
         - `modules`: those of the denoiser's stage.
         """
         network, recipe = model.network(modules, self.shared, dtype), self.recipe
+        if self.ahead and isinstance(network, AbstractNetwork):
+            network = network.rest()
         return GuidedDenoiser(network, self.conditions, recipe.guider, recipe.parameterization)
 
     def hooks(self, others: Sequence[Hook]) -> tuple[Hook, ...]:
@@ -78,6 +83,7 @@ class Job:
 
     - `index`: its place among all requests.
     - `texts`: the tokens of each role; of an encoded prompt, none.
+    - `references`: the pictures that an editing model looks at, from -1 to 1, in its sizes.
     - `form`: jobs of equal forms are run by one program, in one batch.
     """
 
@@ -87,6 +93,7 @@ class Job:
     recipe: Recipe
     texts: Mapping[str, Text]
     pixels: Pixels | None
+    references: tuple[np.ndarray, ...]
     form: Any
 
     @classmethod
@@ -96,6 +103,12 @@ class Job:
         **Raises:** `SettingError`, `PromptError`.
         """
         given = dict(request.settings)
+        references = read_references(blueprint, request)
+        if references:  # by default the new picture has the size of the first
+            sides = dict(zip(("height", "width"), references[0].shape[:2], strict=True))
+            given |= {name: side for name, side in sides.items() if given.get(name) is None}
+        image = one_image(blueprint, request)
+        request = dataclasses.replace(request, image=image)
         if request.image is None and given.get("strength") is not None:
             raise SettingError("`strength` would be ignored without `image`.")
         if request.image is not None and given.get("strength") is None:
@@ -130,10 +143,16 @@ class Job:
             structure,
             tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves),
             pixels is not None and (settings.strength < 1, pixels.mask is not None),
+            tuple(picture.shape for picture in references),
             tuple(control.guess for control in request.controls),
             tiles(settings),
         )
-        return cls(index, request, settings, recipe, texts, pixels, form)
+        return cls(index, request, settings, recipe, texts, pixels, references, form)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it needs the autoencoder before it is sampled."""
+        return self.pixels is not None or bool(self.references)
 
     def example(
         self, blueprint: Blueprint, encoded: Mapping[str, PyTree], inputs: Inputs

@@ -1,18 +1,22 @@
 """A model whose configs and tokenizers are read, and whose weights are not."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh, Sharding
 
+from .._dtypes import float32_products
 from .._errors import SettingError
 from ..checkpoint import FILE, load_module
 from ..convert import locate
 from ..hub import Part, Source
+from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings
+from ..models import AbstractModel, Component, Family, References, Settings, own_names
+from ..passes import fast
 from ..sharding import parameter_sharding
 from ..text import Tokenizer
 
@@ -37,10 +41,13 @@ class Blueprint:
     - `dtype`: of the weights; `None` keeps the dtype of each tensor of the checkpoint.
     - `compute_dtype`: of the activations.
     - `mesh`: the devices to spread over, or `None` for the default one.
+    - `attention`: the backends of attention, on these devices.
     - `components`: those of the family and the ControlNets, by name.
     - `parts`: where the weights of components are that are not the source's own.
     - `made_for`: the number of steps that the weights are made for, if there is one.
     - `note`: what a single file of weights lacks, and where that comes from instead.
+    - `fast`: whether the weights are in the order that computes fastest rather than in the
+        checkpoint's (`eqxdiff.passes`).
     - `adapters`: LoRAs, and whether they are `merged` rather than applied at run time.
     """
 
@@ -52,23 +59,35 @@ class Blueprint:
     dtype: Any
     compute_dtype: Any
     mesh: Mesh | None
+    attention: AttentionChoice
     components: Mapping[str, Component]
     parts: Mapping[str, Part]
     made_for: int | None
     note: str | None = None
+    fast: bool = False
     adapters: Fitted | None = None
     merged: bool = True
 
     @property
     def _programs(self) -> tuple[Any, ...]:
         """What the programs of a model depend on."""
-        return self.model, self.compute_dtype, self.mesh, tuple(self.components)
+        components = tuple(self.components)
+        return self.model, self.compute_dtype, self.mesh, self.attention, components
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Blueprint) and self._programs == other._programs
 
     def __hash__(self) -> int:
         return hash(self._programs)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[dict[str, str]]:
+        """Puts the precision and the attention of the model in place for what is traced within.
+
+        **Yields:** a dictionary that is filled meanwhile: the backend of each shape of attention.
+        """
+        with float32_products(self.compute_dtype), attending(self.attention) as used:
+            yield used
 
     @property
     def name(self) -> str:
@@ -86,13 +105,18 @@ class Blueprint:
         """The number of ControlNets."""
         return len(self.components) - len(self.family.components)
 
+    @property
+    def references(self) -> References | None:
+        """Which reference pictures the model takes, if it takes any."""
+        return self.family.references(self.configs)
+
     def names(self, stage: str) -> list[str]:
         """Names the components of a stage: `"text"`, `"denoiser"` or `"vae"`."""
         return [name for name, part in self.components.items() if part.stage == stage]
 
     def resolve(self, given: Mapping[str, Any]) -> Any:
         """Completes the settings that a user gave. **Raises:** `SettingError`."""
-        settings: Settings = self.model.resolve(given)
+        settings: Settings = self.model.resolve(own_names(self.family.settings, given))
         if self.made_for not in (None, settings.steps):
             raise SettingError(
                 f"These weights of {self.name} are made for {self.made_for} steps: load the model "
@@ -102,7 +126,10 @@ class Blueprint:
 
     def load(self, names: Sequence[str], *, progress: Progress | None = None) -> dict[str, Any]:
         """Loads components by name. **Raises:** `CheckpointError`, `SourceError`."""
-        return {name: self._load_component(name, progress) for name in names}
+        load = lambda name: self._load_component(name, progress)
+        if not self.fast:
+            return {name: load(name) for name in names}
+        return {name: fast(load(name), donate=True) for name in names}
 
     def _load_component(self, name: str, progress: Progress | None) -> Any:
         component, part = self.components[name], self.parts.get(name)

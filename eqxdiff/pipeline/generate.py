@@ -20,7 +20,7 @@ from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import check_divides, decode_batch, steps
+from .sample import check_divides, decode_batch, start_loop
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -93,7 +93,7 @@ def generate(
     seed: int = 0,
     num_images: int = 1,
     batch_size: int = 1,
-    image: Pictured | None = None,
+    image: Pictured | Sequence[Pictured] | None = None,
     mask: Pictured | None = None,
     mask_blur: float = 0.0,
     mask_crop: int | None = None,
@@ -178,16 +178,20 @@ def generate_each(
     for group in groups:
         encoded = next(texts)
         with stages.clock("images"):
-            needed = any(job.pixels is not None for job in group)
+            needed = any(job.encodes for job in group)
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
-            modules = stages.modules("denoiser")
-            x = None
             report("sampling", done, total)
-            for step in steps(blueprint, modules, batch, hooks):
-                x, done = step.x, done + 1
-                if progress is not None:
-                    x.block_until_ready()
+            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            stages.release("denoiser", started.loop.modules)
+            if progress is None:
+                x, attention = started.finish()
+                stages.attention |= attention
+            else:
+                x = None
+                for step in started.steps():
+                    x, done = step.x.block_until_ready(), done + 1
+                    stages.attention |= step.attention
                     report("sampling", done, total)
             pictures = _pictures(stages, vae if decode else None, group, x)
         yield from pictures
@@ -205,6 +209,7 @@ def _encoded(
         with stages.text(last=last) as modules, stages.clock("encode"):
             encoder = TextEncoder(stages.blueprint, modules)
             made = [[_encode(encoder, job) for job in group] for group in groups]
+            stages.attention |= encoder.attention
             return jax.block_until_ready(made)
 
     if stages.ahead:
@@ -244,6 +249,7 @@ def _examples(
             job.settings,
             job.recipe,
             job.pixels,
+            job.references,
             seed_key(job.request.seed),
         )
         examples.append(job.example(blueprint, said, inputs))
@@ -257,8 +263,9 @@ def _pictures(
     rows = lambda batch: own_rows(batch, blueprint.mesh, BATCH_AXES)
     arrays: Mapping[int, np.ndarray] = {}
     if vae is not None:
-        tiled, dtype = tiles(group[0].settings), blueprint.compute_dtype
-        arrays = rows(decode_batch(blueprint.model, vae, x, dtype, tiled, blueprint.mesh))
+        images, used = decode_batch(blueprint, vae, x, tiles(group[0].settings))
+        arrays = rows(images)
+        stages.attention |= used
     latents = rows(x.transpose(0, 3, 1, 2).astype(np.float32))
     pictures = []
     for row, job in enumerate(group):
@@ -289,7 +296,7 @@ def prepare(pipe: Pipeline, request: str | Request, **given: Any) -> Example:
     stages = stages_of(pipe)
     job = Job.make(pipe.blueprint, 0, request)
     encoded = list(_encoded(stages, [[job]], lambda what, done, total: None))
-    vae = {} if job.pixels is None else stages.modules("vae")
+    vae = stages.modules("vae") if job.encodes else {}
     return _examples(stages, vae, [job], encoded[0])[0]
 
 

@@ -1,19 +1,20 @@
 """Input pictures to what the denoiser and the sampler take."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from .._dtypes import float32_products
 from .._errors import SettingError
 from .._types import PRNGKey
-from ..models import AbstractModel, Inputs, Modules, Recipe, tiles
+from ..models import Inputs, Modules, Recipe, tiles
 from ..pictures import (
+    Pictured,
     Region,
     check_mask,
     crop_region,
@@ -21,7 +22,9 @@ from ..pictures import (
     mask_to_latent,
     paste,
     prepare_mask,
+    resize_and_cut,
     to_grey,
+    to_pil,
     to_signed,
     to_unit,
 )
@@ -57,12 +60,12 @@ def read_pixels(request: Request, settings: Any) -> Pixels | None:
 
     **Raises:** `SettingError` where picture and mask do not belong together.
     """
-    image, mask, region = request.image, request.mask, None
+    image, mask, region = next(iter(request.images), None), request.mask, None
     given = {name: getattr(request, name) for name in ("mask", "encode_noise")}
     crop = {"mask_crop": request.mask_crop, "mask_blur": request.mask_blur or None}
     for without, names in (("image", {**given, **crop}), ("mask", crop)):
         wrong = [name for name, value in names.items() if value is not None]
-        if getattr(request, without) is None and wrong:
+        if {"image": image, "mask": mask}[without] is None and wrong:
             raise SettingError(f"`{wrong[0]}` would be ignored without `{without}`.")
     if image is None:
         return None
@@ -77,14 +80,50 @@ def read_pixels(request: Request, settings: Any) -> Pixels | None:
     return Pixels(to_signed(fit(image, *size, region=region)), soft, region)
 
 
+def one_image(blueprint: Blueprint, request: Request) -> Pictured | None:
+    """Returns the picture to begin with; `None` for models that take reference pictures.
+
+    **Raises:** `SettingError` where there are several.
+    """
+    if blueprint.references is not None:
+        return None
+    if (count := len(request.images)) > 1:
+        raise SettingError(
+            f"There are {count} pictures for `image`, and {blueprint.name} begins with one."
+        )
+    return next(iter(request.images), None)
+
+
+def read_references(blueprint: Blueprint, request: Request) -> tuple[np.ndarray, ...]:
+    """Prepares the reference pictures of a request, float32 from -1 to 1; none for other models.
+
+    **Raises:** `SettingError` where there are too many or one has an unusable size, or where
+    something is given that belongs to models which begin with a picture.
+    """
+    takes, name = blueprint.references, blueprint.name
+    if takes is None:
+        return ()
+    parts = {field: getattr(request, field) for field in ("mask", "mask_crop", "encode_noise")}
+    for field, value in {**parts, "strength": request.settings.get("strength")}.items():
+        if value is not None:
+            raise SettingError(
+                f"{name} would ignore `{field}`: it makes whole pictures anew, after those in "
+                "`image` and the prompt."
+            )
+    takes.check_count(len(request.images), name)
+    pictures = [to_pil(image) for image in request.images]
+    cuts = [resize_and_cut(picture, *takes.sizes(*picture.size)) for picture in pictures]
+    return tuple(to_signed(cut) for cut in cuts)
+
+
 def paste_back(request: Request, pixels: Pixels | None, made: np.ndarray) -> np.ndarray:
     """Puts a part that was worked on into its picture, in [0, 1]."""
     if pixels is None or pixels.region is None:
         return made
-    assert request.image is not None
     assert request.mask is not None
+    (image,) = request.images
     mask = to_grey(request.mask, blur=request.mask_blur)
-    return to_unit(paste(request.image, made, mask, pixels.region))
+    return to_unit(paste(image, made, mask, pixels.region))
 
 
 def make_inputs(
@@ -94,6 +133,7 @@ def make_inputs(
     settings: Any,
     recipe: Recipe,
     pixels: Pixels | None,
+    references: Sequence[np.ndarray],
     key: PRNGKey,
 ) -> Inputs:
     """Encodes the input pictures of a request.
@@ -105,7 +145,8 @@ def make_inputs(
     h, w, c = recipe.shape
     controls = tuple(one.resolve(settings, recipe.schedule) for one in request.controls)
     if pixels is None:
-        return Inputs(controls=controls)
+        refer = lambda picture: _encode_reference(blueprint, modules, picture, settings, recipe)
+        return Inputs(controls=controls, references=tuple(map(refer, references)))
     if request.encode_noise is None:
         noise = jax.random.normal(jax.random.fold_in(key, ENCODING), (c, h, w), jnp.float32)
     else:
@@ -114,14 +155,7 @@ def make_inputs(
     noise = noise.transpose(1, 2, 0)
 
     def encode(image: np.ndarray) -> Array:
-        return _encode_image(
-            blueprint.model,
-            modules,
-            jnp.asarray(image),
-            noise,
-            blueprint.compute_dtype,
-            tiles(settings),
-        )
+        return encode_image(blueprint, modules, jnp.asarray(image), noise, tiles(settings))
 
     latent, mask, masked = encode(pixels.image), None, None
     if pixels.mask is not None:
@@ -131,14 +165,28 @@ def make_inputs(
     return Inputs(latent, mask, masked, controls)
 
 
+def _encode_reference(
+    blueprint: Blueprint,
+    modules: Modules,
+    image: np.ndarray,
+    settings: Any,
+    recipe: Recipe,
+) -> Float[Array, "h w c"]:
+    """Returns the mean of a picture's latent: the latent without noise."""
+    scale, channels = settings.height // recipe.shape[0], recipe.shape[2]
+    none = jnp.zeros((image.shape[0] // scale, image.shape[1] // scale, channels), jnp.float32)
+    return encode_image(blueprint, modules, jnp.asarray(image), none, tiles(settings))
+
+
 @eqx.filter_jit
-def _encode_image(
-    model: AbstractModel,
+def encode_image(
+    blueprint: Blueprint,
     modules: Modules,
     image: Float[Array, "H W 3"],
     noise: Float[Array, "h w c"],
-    dtype: DTypeLike,
     tiled: bool,
 ) -> Float[Array, "h w c"]:
-    with float32_products(dtype):
-        return model.to_latent(modules, image, noise, dtype, tiled=tiled)
+    """Encodes one picture from -1 to 1 to a latent."""
+    with blueprint.computing():
+        dtype = blueprint.compute_dtype
+        return blueprint.model.to_latent(modules, image, noise, dtype, tiled=tiled)

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL import Image as PILImage
 
 from .._errors import PromptError, SettingError
 from ..models import Control, check_range
@@ -62,7 +63,7 @@ class Request:
     - `prompt`: a text, or a row of what `Pipeline.encode` returned.
     - `seed`: the noise is that of `jax.random.key(seed)`.
     - `settings`: by name; the model's defaults hold for the others.
-    - `image`: the picture to begin with.
+    - `image`: the picture to begin with; for models that edit, their reference pictures.
     - `mask`: where it is made anew: white, and black where it is kept.
     - `mask_blur`: the radius of the blur of the mask's edge, in pixels of the mask.
     - `mask_crop`: work on the masked part and so many pixels around it at full resolution, and
@@ -76,7 +77,7 @@ class Request:
     prompt: str | Encoded
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    image: Pictured | None = None
+    image: Pictured | Sequence[Pictured] | None = None
     mask: Pictured | None = None
     mask_blur: float = 0.0
     mask_crop: int | None = None
@@ -90,6 +91,16 @@ class Request:
         own = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in given.items() if name in own}
         return cls(prompt, settings={n: v for n, v in given.items() if n not in own}, **fields)
+
+    @property
+    def images(self) -> tuple[Pictured, ...]:
+        """The pictures in `image`."""
+        match self.image:
+            case None:
+                return ()
+            case PILImage.Image() | np.ndarray():
+                return (self.image,)
+        return tuple(self.image)
 
     @property
     def text(self) -> str:

@@ -1,20 +1,20 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._dtypes import float32_products
 from .._errors import SettingError
-from ..models import AbstractModel, Modules
-from ..sampling import Hook, Row, State, begin, sample, step
-from ..sampling.sample import Remat
+from ..models import Modules
+from ..sampling import AbstractNetwork, Hook, Row, State, begin, sample, step
+from ..sampling.sample import Remat, finish, on_rows
 from ..sharding import BATCH_AXES, shard_batch
 from .batch import Example
 from .blueprint import Blueprint
@@ -39,6 +39,9 @@ class Step(NamedTuple):
     x0: Float[Array, "n h w c"]
     """The denoised latents that the step began with: what to show meanwhile."""
 
+    attention: Mapping[str, str]
+    """The backend of each shape of attention, such as `{"4608x24x128": "cudnn"}`."""
+
 
 def steps(
     blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
@@ -53,11 +56,46 @@ def steps(
     - `batch`: from `stack_examples`.
     - `hooks`: shared by all pictures.
     """
+    yield from start_loop(blueprint, modules, batch, hooks).steps()
+
+
+class Started(NamedTuple):
+    """A loop before its first step.
+
+    `x` and `state` are given away: call one of the methods, once.
+    """
+
+    loop: "Loop"
+    """Its `modules` are those that the steps need: no others have to stay on the device."""
+
+    x: Float[Array, "n h w c"]
+    state: State
+
+    def steps(self) -> Iterator[Step]:
+        """Yields the steps, as `steps` does."""
+        loop, x, state = self
+        for index in range(loop.batch.recipe.schedule.alpha.shape[-1] - 1):
+            x, x0, row, state, used = _step((loop, jnp.asarray(index)), x, state)
+            yield Step(index, row, x, x0, used)
+
+    def finish(self) -> tuple[Float[Array, "n h w c"], Mapping[str, str]]:
+        """Takes all steps in one program. Returns the last latents, and `Step.attention`."""
+        return _finish(*self)
+
+
+def start_loop(
+    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+) -> Started:
+    """Computes all that no step changes. **Arguments:** as of `steps`."""
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
-    x, state = _begin(loop)
-    for index in range(batch.recipe.schedule.alpha.shape[-1] - 1):
-        x, x0, row, state = _step((loop, jnp.asarray(index)), x, state)
-        yield Step(index, row, x, x0)
+    x, state, conditions = _begin(loop)
+    network = blueprint.model.network(modules, batch.shared, blueprint.compute_dtype)
+    if isinstance(network, AbstractNetwork) and on_rows(hooks):
+        batch = dataclasses.replace(loop.batch, conditions=conditions, ahead=True)
+        used = set(map(id, jax.tree.leaves(network.rest())))
+        modules = eqx.filter(modules, jax.tree.map(lambda leaf: id(leaf) in used, modules))
+        loop = Loop(modules, batch, loop.hooks, blueprint)
+    return Started(loop, x, state)
 
 
 class Loop(eqx.Module):
@@ -71,29 +109,32 @@ class Loop(eqx.Module):
     def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Maps a function of a denoiser, an example and more over the batch."""
         blueprint = self.blueprint
-        model, dtype = blueprint.model, blueprint.compute_dtype
 
         def one(example: Example, *more: Any) -> PyTree:
-            with float32_products(dtype):
-                denoiser = example.denoiser(model, self.modules, dtype)
-                return function(denoiser, example, *more)
+            model, dtype = blueprint.model, blueprint.compute_dtype
+            denoiser = example.denoiser(model, self.modules, dtype)
+            return function(denoiser, example, *more)
 
         return over_batch(one, blueprint.mesh)
 
 
 @eqx.filter_jit
-def _begin(loop: Loop) -> tuple[Array, State]:
+def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
     def one(denoiser, example):
         x, recipe = example.start(), example.recipe
-        return x, begin(denoiser, x, recipe.schedule, recipe.solver)
+        state = begin(denoiser, x, recipe.schedule, recipe.solver)
+        if on_rows(loop.hooks):
+            denoiser = denoiser.ahead(x, recipe.schedule)
+        return x, state, denoiser.conditions
 
-    return loop.map(one)(loop.batch)
+    with loop.blueprint.computing():
+        return loop.map(one)(loop.batch)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _step(
     fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
-) -> tuple[Array, Array, Row, State]:
+) -> tuple[Array, Array, Row, State, dict[str, str]]:
     loop, index = fixed
 
     def one(denoiser, example, x, state):
@@ -102,7 +143,23 @@ def _step(
         x, x0, state = step(denoiser, x, state, schedule, index, solver, example.key, hooks)
         return x, x0, schedule[index], state
 
-    return loop.map(one)(loop.batch, x, state)
+    with loop.blueprint.computing() as used:
+        made = loop.map(one)(loop.batch, x, state)
+    return *made, used
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _finish(
+    loop: Loop, x: Float[Array, "n h w c"], state: State
+) -> tuple[Array, Mapping[str, str]]:
+    def one(denoiser, example, x, state):
+        schedule, solver = example.recipe.schedule, example.recipe.solver
+        hooks = example.hooks(loop.hooks)
+        return finish(denoiser, x, state, schedule, solver, example.key, hooks)
+
+    with loop.blueprint.computing() as used:
+        x = loop.map(one)(loop.batch, x, state)
+    return x, used
 
 
 def sample_latent(
@@ -120,7 +177,7 @@ def sample_latent(
     """
     blueprint, recipe = pipe.blueprint, example.recipe
     dtype = blueprint.compute_dtype
-    with float32_products(dtype):
+    with blueprint.computing():
         denoiser = example.denoiser(blueprint.model, pipe.stage("denoiser"), dtype)
         return sample(
             denoiser,
@@ -143,7 +200,7 @@ def decode(
     - `pipe`: with the autoencoder's stage.
     """
     blueprint = pipe.blueprint
-    with float32_products(blueprint.compute_dtype):
+    with blueprint.computing():
         return blueprint.model.to_image(
             pipe.stage("vae"), latent, blueprint.compute_dtype, tiled=tiled
         )
@@ -151,20 +208,14 @@ def decode(
 
 @eqx.filter_jit
 def decode_batch(
-    model: AbstractModel,
-    modules: Modules,
-    latents: Float[Array, "n h w c"],
-    dtype: DTypeLike,
-    tiled: bool,
-    mesh: Mesh | None,
-) -> Float[Array, "n H W 3"]:
-    """Decodes a batch of latents."""
-
-    def one(latent):
-        with float32_products(dtype):
-            return model.to_image(modules, latent, dtype, tiled=tiled)
-
-    return over_batch(one, mesh)(latents)
+    blueprint: Blueprint, modules: Modules, latents: Float[Array, "n h w c"], tiled: bool
+) -> tuple[Float[Array, "n H W 3"], dict[str, str]]:
+    """Decodes a batch of latents. Returns the pictures and the backend of each attention."""
+    model, dtype = blueprint.model, blueprint.compute_dtype
+    one = lambda latent: model.to_image(modules, latent, dtype, tiled=tiled)
+    with blueprint.computing() as used:
+        images = over_batch(one, blueprint.mesh)(latents)
+    return images, used
 
 
 def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:

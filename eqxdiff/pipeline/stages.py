@@ -28,11 +28,13 @@ class AbstractStages(abc.ABC):
     - `blueprint`: of the model.
     - `ahead`: whether all prompts are encoded before the first picture is sampled.
     - `clock`: measures what takes how long.
+    - `attention`: the backend of each shape of attention that has run.
     """
 
     blueprint: Blueprint
     ahead: bool
     clock: Clock
+    attention: dict[str, str]
 
     @abc.abstractmethod
     def text(self, *, last: bool) -> AbstractContextManager[Modules]:
@@ -42,12 +44,20 @@ class AbstractStages(abc.ABC):
     def modules(self, stage: str) -> dict[str, Any]:
         """Returns the components of another stage."""
 
+    @abc.abstractmethod
+    def release(self, stage: str, needed: Modules) -> None:
+        """Frees the arrays of a stage that are not among those `needed`, where memory is scarce.
+
+        `modules` brings them back.
+        """
+
 
 class LoadedStages(AbstractStages):
     """The stages of a pipeline, all of which stay where they are."""
 
     def __init__(self, pipe: Pipeline):
         self.blueprint, self.ahead, self.clock = pipe.blueprint, False, no_clock
+        self.attention = {}
         self._pipe = pipe
 
     @contextlib.contextmanager
@@ -56,6 +66,9 @@ class LoadedStages(AbstractStages):
 
     def modules(self, stage: str) -> dict[str, Any]:
         return self._pipe.stage(stage)
+
+    def release(self, stage: str, needed: Modules) -> None:
+        pass
 
 
 class Stages(AbstractStages):
@@ -82,6 +95,7 @@ class Stages(AbstractStages):
         self.blueprint, self.ahead = blueprint, keep == "nowhere"
         self.clock = no_clock if clock is None else clock
         self.dtypes: dict[str, str] = {}
+        self.attention = {}
         self._keep, self._progress = keep, progress
         self._loaded: dict[str, dict[str, Any] | Parked] = {}
 
@@ -106,12 +120,22 @@ class Stages(AbstractStages):
         self._loaded[stage] = modules
         return modules
 
+    def release(self, stage: str, needed: Modules) -> None:
+        modules = self._loaded[stage]
+        if self._keep != "device" and not isinstance(modules, Parked):
+            self._loaded[stage] = Parked(modules, needed)
+
 
 class Parked:
-    """Modules in host memory. Those on the device are freed with the last reference to them."""
+    """Modules in host memory. Those on the device are freed with the last reference to them.
 
-    def __init__(self, modules: Mapping[str, Any]):
-        arrays, self._rest = eqx.partition(dict(modules), eqx.is_array)
+    Arrays that are needed meanwhile stay on the device.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], needed: Modules | None = None):
+        kept = set(map(id, jax.tree.leaves(needed)))
+        goes = lambda leaf: eqx.is_array(leaf) and id(leaf) not in kept
+        arrays, self._rest = eqx.partition(dict(modules), goes)
         self._arrays = jax.tree.map(ParkedArray, arrays)
 
     def back(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Nothing here knows a model.
 """
 
+from .ahead import AbstractNetwork as AbstractNetwork, Table as Table
 from .denoiser import (
     AbstractDenoiser as AbstractDenoiser,
     Denoiser as Denoiser,

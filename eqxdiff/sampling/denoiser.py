@@ -12,9 +12,10 @@ from collections.abc import Callable
 import equinox as eqx
 from jaxtyping import PyTree
 
+from .ahead import AbstractNetwork
 from .guidance import AbstractGuider, Network
 from .parameterization import AbstractParameterization
-from .schedule import Row, X
+from .schedule import Row, Schedule, X
 
 
 Predictor = Callable[[X, Row], X]
@@ -82,6 +83,19 @@ class GuidedDenoiser(AbstractDenoiser):
 
     def __call__(self, x: X, row: Row) -> X:
         return self.recall(x, row, self.init(x))[0]
+
+    def ahead(self, x: X, schedule: Schedule) -> "GuidedDenoiser":
+        """Returns the denoiser with all done that no step of the schedule changes.
+
+        It can be asked for the schedule's rows alone: elsewhere its output is not a number.
+        """
+        network = self.network
+        if not isinstance(network, AbstractNetwork):
+            return self
+        timesteps = schedule.timesteps
+        one = lambda condition: network.ahead(x, timesteps, condition)
+        conditions = eqx.filter_vmap(one)(self.conditions)
+        return GuidedDenoiser(network.rest(), conditions, self.guider, self.parameterization)
 
 
 class PlainDenoiser(AbstractDenoiser):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._dtypes import at_least_float32
-from .denoiser import AbstractDenoiser, Denoise, as_denoiser
+from .denoiser import AbstractDenoiser, Denoise, GuidedDenoiser, as_denoiser
 from .hooks import Hook, Moment, hooked
 from .schedule import Row, Schedule, X
 from .solvers import AbstractSolver
@@ -86,6 +86,11 @@ def step(
     return x, x0, State(solved, memory)
 
 
+def on_rows(hooks: Sequence[Hook]) -> bool:
+    """Whether the denoiser is asked for rows of the schedule alone. An `on_x0` may ask for any."""
+    return all(hook.on_x0 is None for hook in hooks)
+
+
 def sample(
     denoiser: AbstractDenoiser | Denoise,
     x: X,
@@ -119,6 +124,26 @@ def sample(
     if solver.requires_key and key is None:
         raise ValueError(f"{type(solver).__name__} draws noise and needs a key.")
     x = x.astype(at_least_float32(x.dtype))
+    if isinstance(denoiser, GuidedDenoiser) and on_rows(hooks):
+        denoiser = denoiser.ahead(x, schedule)
+    state = begin(denoiser, x, schedule, solver)
+    return finish(denoiser, x, state, schedule, solver, key, hooks, remat)
+
+
+def finish(
+    denoiser: AbstractDenoiser | Denoise,
+    x: X,
+    state: State,
+    schedule: Schedule,
+    solver: AbstractSolver,
+    key: Noise | None = None,
+    hooks: Sequence[Hook] = (),
+    remat: Remat = "none",
+) -> X:
+    """Takes all steps from the state that `begin` returned, and returns `x` at the last row.
+
+    **Arguments:** as of `sample`.
+    """
 
     def body(carry, index):
         x, state = carry
@@ -127,7 +152,7 @@ def sample(
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry = (x, begin(denoiser, x, schedule, solver))
+    carry = (x, state)
     indices = jnp.arange(schedule.steps)
     if remat == "sqrt":
         run = max(1, round(schedule.steps**0.5))

@@ -85,6 +85,13 @@ class Schedule(eqx.Module):
         """The number of steps."""
         return self.alpha.shape[0] - 1
 
+    @property
+    def timesteps(self) -> Float[Array, " all_rows"]:
+        """The timesteps of all rows, with those within steps: all that a solver asks for."""
+        if self.middle is None:
+            return self.timestep
+        return jnp.concatenate([self.timestep, self.middle.timestep])
+
     def __getitem__(self, index: Int[Array, ""] | int) -> Row:
         return Row(self.alpha[index], self.sigma[index], self.timestep[index])
 

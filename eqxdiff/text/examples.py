@@ -8,7 +8,8 @@ def example_tokenizer(kind: str) -> dict[str, str]:
 
     **Arguments:**
 
-    - `kind`: `"clip"` has bytes, within and at the end of a word; `"t5"` has printable ASCII.
+    - `kind`: `"clip"` has bytes, within and at the end of a word; `"t5"` has printable ASCII;
+        `"qwen"` has bytes and the marks of a chat.
     """
     folder = importlib.resources.files("eqxdiff.text") / "example" / kind
     return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}

@@ -19,3 +19,10 @@ T5: tuple[Rule, ...] = (
     (r"block\..*\.(o|wo)\.weight", ("embed", "hidden")),
     (r"block\..*_norm\.weight", (None,)),
 )
+
+QWEN3: tuple[Rule, ...] = (
+    (r"embed_tokens\.weight", ("vocab", "embed")),
+    (r"layers\..*\.([qkv]|gate|up)_proj\.weight", ("hidden", "embed")),
+    (r"layers\..*\.(o|down)_proj\.weight", ("embed", "hidden")),
+    (r"layers\..*norm\.weight", (None,)),
+)

@@ -1,7 +1,7 @@
 """Tokenizers from the files that repositories ship, with the ids of transformers 5.23.
 
-Source: `CLIPTokenizer` and `T5Tokenizer` of transformers 5, which build the same pipelines of the
-`tokenizers` package, whichever file the vocabulary comes from.
+Source: `CLIPTokenizer`, `T5Tokenizer` and `Qwen2Tokenizer` of transformers 5, which build the same
+pipelines of the `tokenizers` package, whichever file the vocabulary comes from.
 """
 
 import base64
@@ -41,6 +41,12 @@ CLIP_WORDS = (
 )
 T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 T5_EXTRA_IDS = 100
+QWEN_END = "<|endoftext|>"
+QWEN_TOKENS = {"unk_token": QWEN_END, "eos_token": QWEN_END, "pad_token": QWEN_END}
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenized(NamedTuple):
@@ -102,8 +108,14 @@ class Tokenizer:
         """One more than the highest id, which the model's embedding must hold."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, prompt: str, max_length: int | None = None) -> Tokenized:
+    def encode(
+        self, prompt: str, max_length: int | None = None, *, strip: bool = True
+    ) -> Tokenized:
         """The ids of one prompt, cut and padded to `max_length`, by default `model_max_length`.
+
+        **Arguments:**
+
+        - `strip`: whether the blanks around what is dropped are left out of the report.
 
         **Raises:** `PromptError` where the prompt is no valid Unicode text; `CheckpointError` where
         the tokenizer has neither a token for a character nor one for what it does not know;
@@ -122,7 +134,8 @@ class Tokenizer:
             ) from None
         with _blame("The tokenizer"):
             encoding = self.backend.encode(prompt, add_special_tokens=False)
-        dropped = prompt[encoding.offsets[room][0] :].strip() if len(encoding) > room else ""
+        dropped = prompt[encoding.offsets[room][0] :] if len(encoding) > room else ""
+        dropped = dropped.strip() if strip else dropped
         encoding.truncate(room)
         ids = self.backend.post_process(encoding).ids
         padded = np.full(max_length, self.pad_id, np.int32)
@@ -148,6 +161,9 @@ def _read_backend(
                 pieces = [(piece, score) for piece, score in model["vocab"]]
                 backend = _t5_backend(pieces, model["unk_id"], _charsmap(fields["normalizer"]))
                 return backend, T5_TOKENS, extras
+            if kind == "Qwen2Tokenizer":
+                merges = [_pair(merge) for merge in model["merges"]]
+                return _qwen_backend(model["vocab"], merges), QWEN_TOKENS, []
             backend = Backend.from_str(json.dumps(fields))
             backend.no_truncation()
             backend.no_padding()
@@ -158,6 +174,8 @@ def _read_backend(
             raise SourceError(f"{folder} has a vocab.json but no merges.txt.")
         with _blame(file, merges):
             vocab, pairs = models.BPE.read_file(str(file), str(merges))
+            if kind == "Qwen2Tokenizer":
+                return _qwen_backend(vocab, pairs), QWEN_TOKENS, []
             return _clip_backend(vocab, pairs), CLIP_TOKENS, []
     if (file := folder / "spiece.model").is_file():
         with _blame(file):
@@ -185,6 +203,16 @@ def _clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Backe
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    return backend
+
+
+def _qwen_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Backend:
+    """Words with the blank before them and runs of other characters, as pairs of bytes."""
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     return backend
 
@@ -218,8 +246,9 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 def _set_end_tokens(
     backend: Backend, named: Mapping[str, str], defaults: Mapping[str, str]
 ) -> None:
-    """Lets start and end token be added. A tokenizer of another kind brings its own rule."""
-    if not defaults:
+    """Lets start and end token be added. A tokenizer of another kind brings its own rule, and
+    Qwen's adds none."""
+    if not defaults or defaults == QWEN_TOKENS:
         return
     end = named["eos_token"], _id(backend, named["eos_token"])
     if "bos_token" in defaults:

@@ -74,6 +74,9 @@ def open_studio(config: TrainConfig, mesh: Mesh | None = None) -> tuple[Studio, 
         dtype=jnp.float32,
         compute_dtype=model.compute_dtype,
         mesh=mesh,
+        fast=False,
+        attention=model.attention,
+        attention_blocks=model.attention_blocks or None,  # pyright: ignore[reportArgumentType]
     )
     modules = {}
     for index, (name, component) in enumerate(blueprint.components.items()):

@@ -4,8 +4,9 @@ Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/modules/
 names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
+import abc
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -17,11 +18,14 @@ from ..._types import PRNGKey, Scalar
 from ...kernels import attention
 from ...nn import (
     AbstractLinear,
+    AbstractRotary,
     EmbeddingMLP,
     Linear,
+    Order,
     RMSNorm,
     apply_rope,
     layer_norm,
+    settle,
     silu,
     sinusoid,
 )
@@ -34,7 +38,15 @@ SINUSOID_DIM = 256
 Heads = Float[Array, "tokens heads head_dim"]
 
 
-class Modulation(eqx.Module):
+class AbstractModulation(eqx.Module):
+    """Gives shifts, scales and gates."""
+
+    @abc.abstractmethod
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
+        """Returns them for a conditioning vector, which those that are given already ignore."""
+
+
+class Modulation(AbstractModulation):
     """Shifts, scales and gates from the conditioning vector (https://arxiv.org/abs/2212.09748)."""
 
     linear: AbstractLinear
@@ -43,15 +55,25 @@ class Modulation(eqx.Module):
     def init(cls, dim: int, count: int, *, key: PRNGKey, dtype: DTypeLike) -> Self:
         return cls(Linear.init(dim, count * dim, key=key, dtype=dtype))
 
-    def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
+        assert vec is not None
         return self.linear(silu(vec)).reshape(-1, vec.shape[0])
+
+
+class Given(AbstractModulation):
+    """Shifts, scales and gates that were computed ahead, in the place of a `Modulation`."""
+
+    values: Float[Array, "*layers count dim"]
+
+    def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
+        return self.values
 
 
 def modulate(
     x: Float[Array, "tokens dim"], shift: Float[Array, " dim"], scale: Float[Array, " dim"]
 ) -> Float[Array, "tokens dim"]:
     """Computes `(1 + scale) * norm(x) + shift` and rounds once."""
-    return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS)
+    return settle(layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=EPS))
 
 
 def split_heads(
@@ -69,13 +91,19 @@ def split_heads(
 
 
 def attend(
-    q: Heads, k: Heads, v: Heads, pe: Float[Array, "tokens 2 half"]
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    pe: Float[Array, "tokens 2 half"],
+    order: Order,
+    bounded: bool,
 ) -> Float[Array, "tokens dim"]:
     """Turns queries and keys by their positions, attends, and joins the heads."""
-    return attention(apply_rope(q, pe), apply_rope(k, pe), v).reshape(q.shape[0], -1)
+    q, k = apply_rope(q, pe, order), apply_rope(k, pe, order)
+    return attention(q, k, v, bounded=bounded).reshape(q.shape[0], -1)
 
 
-class JointAttention(eqx.Module):
+class JointAttention(AbstractRotary):
     """Attention over text and image together. Each of the two has its own projections."""
 
     to_q: AbstractLinear
@@ -91,14 +119,34 @@ class JointAttention(eqx.Module):
     norm_added_q: RMSNorm
     norm_added_k: RMSNorm
     heads: int = eqx.field(static=True)
+    order: Order = eqx.field(static=True, default="pairs")
+    bounded: bool = eqx.field(static=True, default=False)
+
+    queries: ClassVar[tuple[str, ...]] = ("to_q", "add_q_proj")
+    query_norms: ClassVar[tuple[str, ...]] = ("norm_q", "norm_added_q")
+    keys: ClassVar[tuple[str, ...]] = ("to_k", "add_k_proj")
+    key_norms: ClassVar[tuple[str, ...]] = ("norm_k", "norm_added_k")
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v, out, add_q, add_k, add_v, add_out = map(linear, jax.random.split(key, 8))
-        img, txt = (q, k, v, out, norm(), norm()), (add_q, add_k, add_v, add_out, norm(), norm())
-        return cls(*img, *txt, cfg.num_attention_heads)
+        return cls(
+            to_q=q,
+            to_k=k,
+            to_v=v,
+            to_out=out,
+            norm_q=norm(),
+            norm_k=norm(),
+            add_q_proj=add_q,
+            add_k_proj=add_k,
+            add_v_proj=add_v,
+            to_add_out=add_out,
+            norm_added_q=norm(),
+            norm_added_k=norm(),
+            heads=cfg.num_attention_heads,
+        )
 
     def __call__(
         self,
@@ -111,11 +159,12 @@ class JointAttention(eqx.Module):
         to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
         txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
         q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
+        out = attend(q, k, v, pe, self.order, self.bounded)
+        txt, img = jnp.split(out, [txt.shape[0]])
         return self.to_out(img), self.to_add_out(txt)
 
 
-class SelfAttention(eqx.Module):
+class SelfAttention(AbstractRotary):
     """Attention of the joined streams. The block's `proj_out` projects its output."""
 
     to_q: AbstractLinear
@@ -124,19 +173,28 @@ class SelfAttention(eqx.Module):
     norm_q: RMSNorm
     norm_k: RMSNorm
     heads: int = eqx.field(static=True)
+    order: Order = eqx.field(static=True, default="pairs")
+    bounded: bool = eqx.field(static=True, default=False)
+
+    queries: ClassVar[tuple[str, ...]] = ("to_q",)
+    query_norms: ClassVar[tuple[str, ...]] = ("norm_q",)
+    keys: ClassVar[tuple[str, ...]] = ("to_k",)
+    key_norms: ClassVar[tuple[str, ...]] = ("norm_k",)
 
     @classmethod
     def init(cls, cfg: TransformerConfig, *, key: PRNGKey, dtype: DTypeLike) -> Self:
         linear = lambda key: Linear.init(cfg.dim, cfg.dim, key=key, dtype=dtype)
         norm = lambda: RMSNorm.init(cfg.attention_head_dim, eps=EPS, dtype=dtype)
         q, k, v = map(linear, jax.random.split(key, 3))
-        return cls(q, k, v, norm(), norm(), cfg.num_attention_heads)
+        heads = cfg.num_attention_heads
+        return cls(to_q=q, to_k=k, to_v=v, norm_q=norm(), norm_k=norm(), heads=heads)
 
     def __call__(
         self, x: Float[Array, "tokens dim"], pe: Float[Array, "tokens 2 half"]
     ) -> Float[Array, "tokens dim"]:
         to_qkv = self.to_q, self.to_k, self.to_v
-        return attend(*split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads), pe)
+        qkv = split_heads(x, *to_qkv, self.norm_q, self.norm_k, self.heads)
+        return attend(*qkv, pe, self.order, self.bounded)
 
 
 class TimeTextEmbedding(eqx.Module):

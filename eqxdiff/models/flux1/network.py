@@ -17,15 +17,26 @@ from ...nn import (
     AbstractLinear,
     Keep,
     Linear,
+    each,
     everything,
     fold,
     gelu_tanh,
     nothing,
     rope,
+    settle,
+    side_by_side,
     stack,
 )
 from .config import TransformerConfig
-from .layers import JointAttention, Modulation, SelfAttention, TimeTextEmbedding, modulate
+from .layers import (
+    AbstractModulation,
+    Given,
+    JointAttention,
+    Modulation,
+    SelfAttention,
+    TimeTextEmbedding,
+    modulate,
+)
 
 
 THETA = 10000.0
@@ -35,8 +46,8 @@ MLP_RATIO = 4
 class DoubleBlock(eqx.Module):
     """Image and text as two streams that meet in attention."""
 
-    norm1: Modulation
-    norm1_context: Modulation
+    norm1: AbstractModulation
+    norm1_context: AbstractModulation
     attn: JointAttention
     ff: MLP
     ff_context: MLP
@@ -54,7 +65,7 @@ class DoubleBlock(eqx.Module):
         self,
         img: Float[Array, "pixels dim"],
         txt: Float[Array, "tokens dim"],
-        vec: Float[Array, " dim"],
+        vec: Float[Array, " dim"] | None,
         pe: Float[Array, "tokens+pixels 2 half"],
     ) -> tuple[Float[Array, "pixels dim"], Float[Array, "tokens dim"]]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.norm1(vec)
@@ -75,7 +86,7 @@ class DoubleBlock(eqx.Module):
 class SingleBlock(eqx.Module):
     """One stream, attention and MLP side by side (https://arxiv.org/abs/2302.05442)."""
 
-    norm: Modulation
+    norm: AbstractModulation
     attn: SelfAttention
     proj_mlp: AbstractLinear
     proj_out: AbstractLinear
@@ -94,13 +105,23 @@ class SingleBlock(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens dim"],
-        vec: Float[Array, " dim"],
+        vec: Float[Array, " dim"] | None,
         pe: Float[Array, "tokens 2 half"],
     ) -> Float[Array, "tokens dim"]:
         shift, scale, gate = self.norm(vec)
         y = modulate(x, shift, scale)
-        y = jnp.concatenate([self.attn(y, pe), gelu_tanh(self.proj_mlp(y))], axis=-1)
-        return x + gate * self.proj_out(y)
+        hidden = settle(gelu_tanh(self.proj_mlp(y)))
+        y = side_by_side(self.proj_out, self.attn(y, pe), hidden)
+        return x + gate * y
+
+
+class Modulations(eqx.Module):
+    """The shifts, scales and gates of all blocks, at one noise level or, stacked, at several."""
+
+    img: Float[Array, "*rows doubles 6 dim"]
+    txt: Float[Array, "*rows doubles 6 dim"]
+    single: Float[Array, "*rows singles 3 dim"]
+    out: Float[Array, "*rows 2 dim"]
 
 
 class BlockOutputs(NamedTuple):
@@ -121,7 +142,7 @@ class Transformer(eqx.Module):
     time_text_embed: TimeTextEmbedding
     transformer_blocks: DoubleBlock
     single_transformer_blocks: SingleBlock
-    norm_out: Modulation
+    norm_out: AbstractModulation
     proj_out: AbstractLinear
     axes_dims_rope: tuple[int, ...] = eqx.field(static=True)
     remat: bool = eqx.field(static=True, default=False)
@@ -182,11 +203,23 @@ class Transformer(eqx.Module):
 
         `keep` is that of `nn.fold`: by default the whole output of the block.
         """
-        img = self.x_embedder(img)
-        txt = self.context_embedder(txt)
         vec = self.time_text_embed(timestep, guidance, pooled)
-        pe = rope(positions, self.axes_dims_rope, theta=THETA)
+        return self.flow(img, self.context_embedder(txt), vec, self.rope(positions), keep=keep)
 
+    def flow(
+        self,
+        img: Float[Array, "pixels channels"],
+        txt: Float[Array, "tokens dim"],
+        vec: Float[Array, " dim"] | None,
+        pe: Float[Array, "tokens+pixels 2 half"],
+        *,
+        keep: Keep = nothing,
+    ) -> tuple[Float[Array, "pixels channels"], BlockOutputs]:
+        """Does what `capture` does after embedding the text, the time and the positions.
+
+        `vec` may be `None` in a transformer that is `modulated`.
+        """
+        img = self.x_embedder(img)
         double = lambda block, streams: block(*streams, vec, pe)
         blocks, remat = self.transformer_blocks, self.remat
         (img, txt), doubles = fold(blocks, (img, txt), double, remat=remat, keep=keep)
@@ -197,3 +230,31 @@ class Transformer(eqx.Module):
         scale, shift = self.norm_out(vec)
         velocity = self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
         return velocity, BlockOutputs(doubles, singles)
+
+    def rope(self, positions: Float[Array, "tokens 3"]) -> Float[Array, "tokens 2 half"]:
+        """Returns the cosines and sines of positions."""
+        return rope(positions, self.axes_dims_rope, theta=THETA)
+
+    def modulations(self, vecs: Float[Array, "rows dim"]) -> Modulations:
+        """Computes the modulations of all blocks for several conditioning vectors."""
+        double, single = self.transformer_blocks, self.single_transformer_blocks
+        rows = lambda norm: jax.vmap(norm)(vecs)
+        layers = lambda norm: jnp.moveaxis(each(norm, rows), 1, 0)
+        img, txt = layers(double.norm1), layers(double.norm1_context)
+        return Modulations(img, txt, layers(single.norm), rows(self.norm_out))
+
+    def modulated(self, by: Modulations | None) -> "Transformer":
+        """Returns the transformer for `flow` without `vec`: with given modulations for its own.
+
+        `None` leaves them out, and all that only they and the text are computed with.
+        """
+        values = () if by is None else (by.img, by.txt, by.single, by.out)
+        given = map(Given, values) if values else (None,) * 4
+        return eqx.tree_at(_replaced, self, (*given, None, None), is_leaf=lambda x: x is None)
+
+
+def _replaced(model: Transformer) -> tuple[PyTree, ...]:
+    """Returns what `modulated` replaces, and then what it leaves out."""
+    double, single = model.transformer_blocks, model.single_transformer_blocks
+    modulations = double.norm1, double.norm1_context, single.norm, model.norm_out
+    return *modulations, model.context_embedder, model.time_text_embed
