@@ -2,11 +2,11 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._errors import EqxdiffError, PromptError, SourceError
+from .._errors import EqxdiffError, PromptError, SettingError, SourceError
 from .._files import exists, write_whole
 from ..models import applied, find_model
 from ..pipeline import Job, Stages, chunks, generate_each, open_model, png, run_record
@@ -15,6 +15,7 @@ from .names import picture_name
 
 
 INDEX = "index.parquet"
+COLUMNS = ("line", "file", "prompt", "seed", "settings", "error")
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
     **Returns:** the index: a Parquet file of `line`, `file`, `prompt`, `seed` and `settings`.
 
     **Raises:** `SourceError` without Ray or where the table cannot be read; `PromptError` or
-    `SettingError` that names a row.
+    `SettingError` that names a row; the pictures of the other rows are made.
     """
     try:
         import pyarrow
@@ -80,23 +81,16 @@ def run(
         compute=ray.data.ActorPoolStrategy(size=workers),
         **(resources or {}),
     )
-    try:
-        made = sorted(table.take_all(), key=lambda row: row["line"])
-    except Exception as error:
-        for cause in _causes(error):
-            if isinstance(cause, EqxdiffError):
-                raise type(cause)(str(cause)) from None
-        raise
+    made = sorted(table.take_all(), key=lambda row: row["line"])
+    wrong = [row["error"] for row in made if row["error"]]
+    made = [{k: v for k, v in row.items() if k != "error"} for row in made if not row["error"]]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), buffer)
     write_whole(output / INDEX, buffer.getvalue(), overwrite=True)
+    if wrong:
+        more = f" So are {len(wrong) - 1} more rows." if len(wrong) > 1 else ""
+        raise SettingError(f"{wrong[0]}{more} The pictures of the other rows are made.")
     return output / INDEX
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = vars(error).get("cause") or error.__cause__
 
 
 def read_table_of_prompts(path: Path) -> list[PromptLine]:
@@ -143,7 +137,7 @@ class Painter:
         blueprint = self._blueprint
         columns = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, values, strict=True)) for values in columns]
-        made: dict[str, list[Any]] = {k: [] for k in ("line", "file", "prompt", "seed", "settings")}
+        made: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         jobs = []
         for index, row in enumerate(rows):
             line = PromptLine(
@@ -154,12 +148,17 @@ class Painter:
                 json.loads(row["settings"]),
             )
             request = line.request(0, self._given)
-            with naming(line.where):
-                name = picture_name(blueprint, line.number, request)
-                settings = applied(blueprint.resolve(request.settings))
-                if not exists(self._output / name):
-                    jobs.append(Job.make(blueprint, index, request))
-            values = (line.number, name, line.prompt, request.seed, json.dumps(settings))
+            name, settings, error = "", {}, ""
+            try:
+                with naming(line.where):
+                    name = picture_name(blueprint, line.number, request)
+                    settings = applied(blueprint.resolve(request.settings))
+                    if not exists(self._output / name):
+                        jobs.append(Job.make(blueprint, index, request))
+            except EqxdiffError as found:  # Ray would lose its words
+                error = str(found)
+            text = json.dumps(settings)
+            values = (line.number, name, line.prompt, request.seed, text, error)
             for column, value in zip(made.values(), values, strict=True):
                 column.append(value)
         for picture in generate_each(self._stages, jobs, batch_size=self._batch_size):
