@@ -1,6 +1,8 @@
 """The options of `eqxdiff bulk`."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,17 +77,18 @@ def bulk(
             given[name] = json.loads(value)
         except ValueError:
             given[name] = value
-    ray.init(address, ignore_reinit_error=True, log_to_driver=False)
-    index = run(
-        model,
-        prompts,
-        output,
-        workers=workers,
-        batch_size=batch_size,
-        resources={"num_cpus": cpus, "num_gpus": gpus},
-        given=given,
-        weights=weights,
-        loras=lora or (),
-        dtype=dtype,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what its workers tell
+        ray.init(address, ignore_reinit_error=True, log_to_driver=False)
+        index = run(
+            model,
+            prompts,
+            output,
+            workers=workers,
+            batch_size=batch_size,
+            resources={"num_cpus": cpus, "num_gpus": gpus},
+            given=given,
+            weights=weights,
+            loras=lora or (),
+            dtype=dtype,
+        )
     print(json.dumps({"index": str(index)}) if as_json else index, flush=True)
