@@ -23,6 +23,7 @@ from .generate import HELP, command as generate_command, generate
 from .helptext import documented
 from .inspect import inspect
 from .lora import app as lora
+from .plan import plan
 from .tables import models, samplers
 from .tiny import random
 from .train import train
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command(help=HELP)(generate)
-for command in (convert, inspect, models, samplers, train, random):
+for command in (convert, inspect, models, samplers, plan, train, random):
     app.command()(documented(command))
 app.add_typer(lora, name="lora")
 

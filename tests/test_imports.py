@@ -27,6 +27,7 @@ ORDER = [
     ("lora", "passes"),
     ("pipeline",),
     ("training",),
+    ("plan",),
     ("cli",),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -18,7 +18,7 @@ from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import check_divides, decode_batch, steps
+from .sample import check_divides, steps
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -180,7 +180,9 @@ def generate_each(
             modules = stages.modules("denoiser")
             x = None
             report("sampling", done, total)
-            for step in steps(blueprint, modules, batch, hooks):
+            own = stages.programs
+            each = steps(blueprint, modules, batch, hooks, begin=own.begin, advance=own.advance)
+            for step in each:
                 x, done = step.x, done + 1
                 if progress is not None:
                     x.block_until_ready()
@@ -199,7 +201,7 @@ def _encoded(
         if all(isinstance(job.request.prompt, Encoded) for group in groups for job in group):
             return [[_rows(job.request.prompt) for job in group] for group in groups]
         with stages.text(last=last) as modules, stages.clock("encode"):
-            encoder = TextEncoder(stages.blueprint, modules)
+            encoder = TextEncoder(stages.blueprint, modules, stages.programs.encode)
             made = [[_encode(encoder, job) for job in group] for group in groups]
             return jax.block_until_ready(made)
 
@@ -255,7 +257,7 @@ def _pictures(
         tiled = tiles(group[0].settings)
         arrays = list(
             np.asarray(
-                decode_batch(
+                stages.programs.decode(
                     blueprint.model, vae, x, blueprint.compute_dtype, tiled, blueprint.mesh
                 )
             )

@@ -41,7 +41,13 @@ class Step(NamedTuple):
 
 
 def steps(
-    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+    blueprint: Blueprint,
+    modules: Modules,
+    batch: Example,
+    hooks: Sequence[Hook] = (),
+    *,
+    begin: Callable[..., Any] | None = None,
+    advance: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
     """Yields the steps of a batch: progress, previews and cancelling are the caller's `for`.
 
@@ -52,11 +58,13 @@ def steps(
     - `modules`: those of the denoiser's stage.
     - `batch`: from `stack_examples`.
     - `hooks`: shared by all pictures.
+    - `begin`, `advance`: programs in place of `begin_batch` and `step_batch`.
     """
+    begin, advance = begin or begin_batch, advance or step_batch
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
-    x, state = _begin(loop)
+    x, state = begin(loop)
     for index in range(batch.recipe.schedule.alpha.shape[-1] - 1):
-        x, x0, row, state = _step((loop, jnp.asarray(index)), x, state)
+        x, x0, row, state = advance((loop, jnp.asarray(index)), x, state)
         yield Step(index, row, x, x0)
 
 
@@ -82,7 +90,9 @@ class Loop(eqx.Module):
 
 
 @eqx.filter_jit
-def _begin(loop: Loop) -> tuple[Array, State]:
+def begin_batch(loop: Loop) -> tuple[Array, State]:
+    """Returns the latents of a batch before the first step, and the solver's state."""
+
     def one(denoiser, example):
         x, recipe = example.start(), example.recipe
         return x, begin(denoiser, x, recipe.schedule, recipe.solver)
@@ -91,9 +101,13 @@ def _begin(loop: Loop) -> tuple[Array, State]:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(
+def step_batch(
     fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
 ) -> tuple[Array, Array, Row, State]:
+    """Makes one step of a batch: returns `x`, `x0`, the row that it began at, and the state.
+
+    It gives the buffers of `x` and `state` away.
+    """
     loop, index = fixed
 
     def one(denoiser, example, x, state):

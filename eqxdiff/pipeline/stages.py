@@ -13,6 +13,7 @@ import numpy as np
 from ..models import Modules
 from .blueprint import Blueprint, Progress
 from .pipeline import Pipeline
+from .programs import Programs
 
 
 Keep = Literal["device", "host", "nowhere"]
@@ -28,11 +29,13 @@ class AbstractStages(abc.ABC):
     - `blueprint`: of the model.
     - `ahead`: whether all prompts are encoded before the first picture is sampled.
     - `clock`: measures what takes how long.
+    - `programs`: run the networks.
     """
 
     blueprint: Blueprint
     ahead: bool
     clock: Clock
+    programs: Programs
 
     @abc.abstractmethod
     def text(self, *, last: bool) -> AbstractContextManager[Modules]:
@@ -48,7 +51,7 @@ class LoadedStages(AbstractStages):
 
     def __init__(self, pipe: Pipeline):
         self.blueprint, self.ahead, self.clock = pipe.blueprint, False, no_clock
-        self._pipe = pipe
+        self.programs, self._pipe = Programs(), pipe
 
     @contextlib.contextmanager
     def text(self, *, last: bool) -> Iterator[Modules]:
@@ -71,6 +74,7 @@ class Stages(AbstractStages):
         *,
         progress: Progress | None = None,
         clock: Clock | None = None,
+        programs: Programs | None = None,
     ):
         """**Arguments:**
 
@@ -78,9 +82,11 @@ class Stages(AbstractStages):
             encodes all prompts first and then drops them.
         - `progress`: is told what is loaded.
         - `clock`: measures the time to `"load"`, to `"encode"` and to make the `"images"`.
+        - `programs`: run the networks; by default those that JAX traces and compiles.
         """
         self.blueprint, self.ahead = blueprint, keep == "nowhere"
         self.clock = no_clock if clock is None else clock
+        self.programs = programs or Programs()
         self.dtypes: dict[str, str] = {}
         self._keep, self._progress = keep, progress
         self._loaded: dict[str, dict[str, Any] | Parked] = {}

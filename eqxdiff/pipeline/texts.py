@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -95,8 +95,18 @@ def encode_prompts(
 class TextEncoder:
     """The text encoders of a model, which encode each text once."""
 
-    def __init__(self, blueprint: Blueprint, modules: Modules):
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        modules: Modules,
+        encode: Callable[..., PyTree] | None = None,
+    ):
+        """**Arguments:**
+
+        - `encode`: a program in place of `encode_text`.
+        """
         self._blueprint, self._modules = blueprint, modules
+        self._encode = encode or encode_text
         self._known: dict[Any, PyTree] = {}
 
     def __call__(self, text: Text) -> PyTree:
@@ -105,13 +115,14 @@ class TextEncoder:
         key = structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)
         if key not in self._known:
             blueprint = self._blueprint
-            self._known[key] = _encode(
+            self._known[key] = self._encode(
                 blueprint.model, self._modules, text.tokens, blueprint.compute_dtype
             )
         return self._known[key]
 
 
 @eqx.filter_jit
-def _encode(model: AbstractModel, modules: Modules, tokens: PyTree, dtype: DTypeLike) -> PyTree:
+def encode_text(model: AbstractModel, modules: Modules, tokens: PyTree, dtype: DTypeLike) -> PyTree:
+    """Runs the text encoders on the tokens of one text."""
     with float32_products(dtype):
         return model.encode(modules, tokens, dtype)
