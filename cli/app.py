@@ -18,6 +18,7 @@ import typer
 from eqxdiff import EqxdiffError
 from eqxdiff._errors import printable
 
+from .compile import HELP as COMPILE_HELP, command as compile_command, compile
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
 from .helptext import documented
@@ -36,9 +37,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command(help=HELP)(generate)
+app.command(help=COMPILE_HELP)(compile)
 for command in (convert, inspect, models, samplers, plan, train, random):
     app.command()(documented(command))
 app.add_typer(lora, name="lora")
+
+DERIVED = (("generate", HELP, generate_command), ("compile", COMPILE_HELP, compile_command))
+"""The commands whose options come from the settings of the models, with their help."""
 
 UsageError: Any = typer.BadParameter.__base__
 """The class of the click that this version of Typer contains or depends on."""
@@ -116,13 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _program(argv: Sequence[str]) -> Any:
-    """Returns the program. It knows the options of `generate` where `generate` is called."""
+    """Returns the program. It knows the options of a command that derives them where it is called."""
     program = typer.main.get_command(app)
-    if argv[:1] == ["generate"]:
-        single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
-        settings = {"help_option_names": ["--help", "-h"]}
-        single.command("generate", help=HELP, context_settings=settings)(generate_command())
-        program.commands["generate"] = typer.main.get_command(single)  # pyright: ignore
+    for name, text, command in DERIVED:
+        if argv[:1] == [name]:
+            single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+            settings = {"help_option_names": ["--help", "-h"]}
+            single.command(name, help=text, context_settings=settings)(command())
+            program.commands[name] = typer.main.get_command(single)  # pyright: ignore
     return program
 
 

@@ -16,6 +16,7 @@ from eqxdiff.pictures import read_picture
 from eqxdiff.pipeline import (
     Blueprint,
     Job,
+    Request,
     Stages,
     chunks,
     cuts,
@@ -27,6 +28,7 @@ from eqxdiff.pipeline import (
     run_record,
     share,
 )
+from eqxdiff.plan import Artefact, compile_picture, refuse_what_cannot_fit
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
@@ -95,7 +97,14 @@ def run(order: Order, report: AbstractReport) -> None:
             report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
 
         keep = "host" if order.offload else "nowhere" if order.release else "device"
-        stages = Stages(blueprint, keep, progress=report.progress, clock=clock)
+        programs = None
+        if order.compiled is not None:
+            artefact = Artefact.read(order.compiled)
+            artefact.check(blueprint, jobs, batch_size)
+            programs = artefact.programs()
+        for job in jobs_of_each_form(jobs):
+            refuse_what_cannot_fit(blueprint, job, batch_size, keep)
+        stages = Stages(blueprint, keep, progress=report.progress, clock=clock, programs=programs)
         inputs = input_record(order, pictures, controls)
         hashed = None if noise is None else digest(noise)
         made: list[dict[str, Any]] = []
@@ -134,6 +143,11 @@ def run(order: Order, report: AbstractReport) -> None:
                 },
             }
         )
+
+
+def jobs_of_each_form(jobs: Sequence[Job]) -> list[Job]:
+    """Returns one job of each size of pictures."""
+    return list({(job.settings.height, job.settings.width): job for job in jobs}.values())
 
 
 def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
@@ -205,3 +219,21 @@ def pick_seeds(order: Order) -> list[int]:
     seed = secrets.randbelow(2**31) if order.seed is None else order.seed
     check_range("seed", seed, 0, end)
     return list(range(seed, seed + order.num_images))
+
+
+def compile_order(order: Order, output: Path, platform: str | None) -> None:
+    """Compiles the programs of a picture, and writes them to a file whole.
+
+    **Raises:** `EqxdiffError` for a mistake that the user can mend.
+    """
+    find_model(order.model)
+    with reserved([output], overwrite=order.overwrite):
+        compute_dtype = order.compute_dtype
+        if compute_dtype is None and platform is not None:
+            compute_dtype = "float32" if platform == "cpu" else "bfloat16"
+        blueprint = open_blueprint(dataclasses.replace(order, compute_dtype=compute_dtype), [])
+        batch_size = batch_size_for(None, order.batch_size)
+        job = Job.make(blueprint, 0, Request.make("", **order.settings))
+        data = compile_picture(blueprint, job, batch_size, platform)
+        write_whole(output, data, overwrite=order.overwrite)
+    print(output)

@@ -214,6 +214,14 @@ class Order:
             default="one device",
         ),
     ] = None
+    compiled: Annotated[
+        Path | None,
+        _option(
+            "Memory",
+            help="Run the programs in a file of `eqxdiff compile`, without tracing any.",
+            default="none",
+        ),
+    ] = None
     compile_cache: Annotated[
         Path | None,
         _option(

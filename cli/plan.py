@@ -1,6 +1,5 @@
 """The command that says what a picture needs, and whether it fits, before anything is read."""
 
-import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal

@@ -7,6 +7,7 @@ from .ahead import (
     look_ahead as look_ahead,
     refuse_what_cannot_fit as refuse_what_cannot_fit,
 )
+from .artefact import Artefact as Artefact, compile_picture as compile_picture
 from .count import Cost as Cost, count as count
 from .estimate import Choice as Choice, Plan as Plan, make_plan as make_plan
 from .shapes import Program as Program, Skeletons as Skeletons, make_programs as make_programs

@@ -22,8 +22,8 @@ import numpy as np
 Axes = tuple[str | None, ...]
 
 CALLS = {
-    **{name: "jaxpr" for name in ("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat")},
-    **{name: "call_jaxpr" for name in ("custom_jvp_call", "core_call", "custom_vjp_call")},
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat"), "jaxpr"),
+    **dict.fromkeys(("custom_jvp_call", "core_call", "custom_vjp_call"), "call_jaxpr"),
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 """The operations that call a function, and the parameter that holds it."""
