@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _program(argv: Sequence[str]) -> Any:
-    """Returns the program. It knows the options of a command that derives them where it is called."""
+    """Returns the program. A command that derives its options knows them where it is called."""
     program = typer.main.get_command(app)
     for name, text, command in DERIVED:
         if argv[:1] == [name]:

@@ -27,6 +27,10 @@ OWN = {
 }
 
 
+REQUIRED = inspect.Parameter.empty
+DEFAULTS = {"platform": None}
+
+
 def compile() -> None:
     """Stands for the command where another one is called, so that no options need be made."""
 
@@ -39,8 +43,8 @@ def command() -> Callable[..., None]:
     orders = set(Order.__dataclass_fields__) - KEPT
     kept = [one for one in signature().parameters.values() if one.name not in orders]
     more = [
-        parameter(name, *hint.__args__, *hint.__metadata__, *default)
-        for (name, hint), default in zip(OWN.items(), ((inspect.Parameter.empty,), (None,)))
+        parameter(name, *hint.__args__, *hint.__metadata__, DEFAULTS.get(name, REQUIRED))
+        for name, hint in OWN.items()
     ]
 
     def compile(*, output: Path, platform: str | None, **values: Any) -> None:

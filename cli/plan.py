@@ -1,6 +1,7 @@
 """The command that says what a picture needs, and whether it fits, before anything is read."""
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,9 +166,10 @@ def spell_out(found: "Plan", facts: dict[str, Any]) -> str:
     lines.append(f"time by the roofline: {facts['seconds']:.3g} s")
     peaks = facts["assumes"]
     lines.append(
-        f"assumes: {peaks['bfloat16_tflops']:g} TFLOP/s in bfloat16, {peaks['float32_tflops']:g} in "
-        f"float32, {peaks['memory_gb_per_s']:g} GB/s of memory, {peaks['link_gb_per_s']:g} GB/s of "
-        "links, all at their peaks and at the same time"
+        f"assumes: {peaks['bfloat16_tflops']:g} TFLOP/s in bfloat16, "
+        f"{peaks['float32_tflops']:g} in float32, {peaks['memory_gb_per_s']:g} GB/s of memory, "
+        f"{peaks['link_gb_per_s']:g} GB/s of links, all at their peaks and at the same time"
     )
-    lines.append("It fits." if facts["fits"] else f"It does not fit. {facts['advice']}")
+    flags = re.sub(r"`(\w+)`", lambda name: f"--{name[1].replace('_', '-')}", str(facts["advice"]))
+    lines.append("It fits." if facts["fits"] else f"It does not fit. {flags}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Checkpoints as data: `example.json` of tiny ones and `published.json` of the sizes of real ones."""
+"""Checkpoints as data: `example.json` of tiny ones, and the sizes of real ones."""
 
 import dataclasses
 import json

@@ -28,8 +28,8 @@ def advise(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -
     """Returns in words the nearest change that fits; `None` where none of those known does.
 
     It tries, one at a time and then several together: dropping the text encoders, decoding tile by
-    tile, weights in bfloat16, guidance by two calls; then meshes of the target; then more such devices;
-    then fewer and smaller pictures.
+    tile, weights in bfloat16, guidance by two calls; then meshes of the target; then more such
+    devices; then fewer and smaller pictures.
     """
     target, choice = plan.target, plan.choice
     toggles = list(_toggles(plan, narrowed))
@@ -121,7 +121,7 @@ def _try(
 
 
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Yields meshes of all devices: whole copies first, which need no links, then shared weights."""
+    """Yields meshes of all devices: copies of the weights first, then shared weights."""
     if devices == 1:
         return
     yield {"data": devices}

@@ -4,7 +4,7 @@ The formula of the memory, wherever no compiler is asked:
 
 - Elementwise operations, transpositions and slices are fused into their readers. All else, and what
   a product, a convolution or a loop reads, is held from where it is made to its last reader.
-- On an accelerator a product or a convolution that one elementwise operation reads is fused into it.
+- On an accelerator a product or convolution that one elementwise operation reads is fused into it.
 - An elementwise result takes the place of an operand of its size that is read no more.
 - A loop holds its carries twice, and what one turn of its body needs.
 """

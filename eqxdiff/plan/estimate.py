@@ -56,8 +56,7 @@ class Choice:
         return self.parts if self.batch_size is None else self.batch_size
 
     def check(self, target: Target) -> None:
-        """**Raises:** `SettingError` where the mesh is not one of the target, or does not divide the
-        batch."""
+        """**Raises:** `SettingError` where devices are too few, or a batch is not divided."""
         check_range("batch_size", self.pictures, 1)
         devices = math.prod(self.mesh.values())
         if devices > target.devices:

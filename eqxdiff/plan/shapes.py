@@ -32,7 +32,7 @@ class Skeletons:
 
     @classmethod
     def of(cls, blueprint: Blueprint) -> "Skeletons":
-        """Reads the headers of a blueprint's files. **Raises:** `SourceError`, `CheckpointError`."""
+        """Reads the headers of the files. **Raises:** `SourceError`, `CheckpointError`."""
         return cls(blueprint, {name: blueprint.shapes(name) for name in blueprint.components})
 
     @classmethod

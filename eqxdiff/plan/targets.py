@@ -82,7 +82,7 @@ class Target:
 
 
 def find_target(name: str | None, used: int | None = None) -> Target:
-    """Finds a target such as `"v6e-8"` or `"h100-4"`; `None` stands for the devices of this machine.
+    """Finds a target such as `"v6e-8"` or `"h100-4"`; `None` stands for the devices here.
 
     **Arguments:**
 
