@@ -1,22 +1,17 @@
 """The program: its commands, and how it ends."""
 
-import contextlib
 import errno
 import importlib.metadata
 import io
-import json
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from eqxdiff import EqxdiffError
-from eqxdiff._errors import printable
 
 from .compile import HELP as COMPILE_HELP, command as compile_command, compile
 from .convert import convert
@@ -25,6 +20,7 @@ from .helptext import documented
 from .inspect import inspect
 from .lora import app as lora
 from .plan import plan
+from .signals import Terminated, tell
 from .tables import models, samplers
 from .tiny import random
 from .train import train
@@ -60,10 +56,6 @@ OTHERWISE = {"controls": "control", "control_scale": "control", "loras": "lora"}
 """Arguments of the library whose options have other names."""
 
 
-class Terminated(BaseException):
-    """SIGTERM has come. Like `KeyboardInterrupt` it passes through `except Exception`."""
-
-
 def _version(wanted: bool) -> bool:
     if wanted:
         print(f"eqxdiff {importlib.metadata.version('eqxdiff')}")
@@ -75,24 +67,26 @@ def _version(wanted: bool) -> bool:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", "-V", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str]) -> int:
     """Runs a command line and returns its exit status.
 
     An error that the user can mend is one sentence on stderr, without a traceback: its status is 1,
     or 2 where the command line itself is wrong. 130 and 143 stand for Ctrl-C and SIGTERM.
     """
-    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    argv = list(argv) or ["--help"]
     as_json = "--json" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
     try:
-        with _sigterm_raises(), _program(argv).make_context("eqxdiff", argv) as ctx:
+        with _program(argv).make_context("eqxdiff", argv) as ctx:
             ctx.command.invoke(ctx)
         sys.stdout.flush()
     except typer.Exit as ending:
@@ -154,27 +148,5 @@ def flagged(message: str, argv: Sequence[str]) -> str:
 
 
 def _fail(message: str, status: int, as_json: bool) -> int:
-    # A name from a file could control the terminal.
-    message = "\n".join(printable(line) for line in message.split("\n"))
-    if as_json:
-        print(json.dumps({"event": "error", "message": message}), file=sys.stderr)
-    else:
-        print(f"error: {message}", file=sys.stderr)
+    tell(message, as_json)
     return status
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Raises `Terminated` on SIGTERM, so that unfinished files are removed as on Ctrl-C."""
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

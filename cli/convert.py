@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from .progress import JsonReport, TextReport, libraries_tell
+from .signals import SIGNALS
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -110,7 +111,8 @@ def convert(
             write = write_file if single else write_folder
             what = f"writing {target.name}"
             progress = lambda file, done, total: report.progress(what, done, total)
-            write(checkpoint, target, targets, progress)
+            with SIGNALS.raised():
+                write(checkpoint, target, targets, progress)
     report.close()
     summary: dict[str, Any] = {
         "source": source,

@@ -33,7 +33,7 @@ from eqxdiff.plan import Artefact, compile_picture, refuse_what_cannot_fit
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
 from .control import ControlOption, OpenedControls, open_controls
-from .mesh import batch_size_for, parse_mesh
+from .mesh import batch_size_for, parse_blocks, parse_mesh
 from .order import Order
 from .output import picture_paths, reserved, write_whole
 from .progress import AbstractReport, libraries_tell
@@ -111,7 +111,9 @@ def run(order: Order, report: AbstractReport) -> None:
         latents = {}
         for picture in generate_each(stages, jobs, batch_size=batch_size, progress=report.progress):
             path = paths[picture.index]
-            record = run_record(blueprint, stages.dtypes, hashed, inputs, batch_size)
+            record = run_record(
+                blueprint, stages.dtypes, stages.attention, hashed, inputs, batch_size
+            )
             tells = {} if order.no_metadata else chunks(picture, blueprint, record)
             write_whole(path, png(picture, tells), overwrite=order.overwrite)
             report.file(path)
@@ -124,7 +126,9 @@ def run(order: Order, report: AbstractReport) -> None:
             report.file(order.save_latents)
         report.finish(
             {
-                **run_record(blueprint, stages.dtypes, hashed, inputs, batch_size),
+                **run_record(
+                    blueprint, stages.dtypes, stages.attention, hashed, inputs, batch_size
+                ),
                 "settings": applied(jobs[0].settings),
                 "images": made,
                 "files": [image["file"] for image in made],
@@ -164,6 +168,8 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
         revision=order.revision,
         dtype=order.dtype,
         compute_dtype=order.compute_dtype,
+        attention=order.attention,
+        attention_blocks=parse_blocks(order.attention_blocks),
         mesh=parse_mesh(order.mesh),
     )
 

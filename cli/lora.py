@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from .helptext import documented
+from .signals import SIGNALS
 from .tables import table
 
 
@@ -156,7 +157,8 @@ def merge(
         or plan.source.read_json(f"{name}/config.json")
         for name in plan.components
     }
-    save_merged(plan.source, plan.load, configs, tables, stages, list(plan.tokenizers), output)
+    with SIGNALS.raised():
+        save_merged(plan.source, plan.load, configs, tables, stages, list(plan.tokenizers), output)
     if as_json:
         print(json.dumps({"folder": str(output), "loras": plan.adapters.record()}, indent=2))
         return
@@ -202,7 +204,8 @@ def extract(
         )
         tensors |= found.tensors
         kept |= found.kept
-    save_extracted(output, tensors)
+    with SIGNALS.raised():
+        save_extracted(output, tensors)
     if as_json:
         print(json.dumps({"file": str(output), "rank": rank, "kept": kept}, indent=2))
         return

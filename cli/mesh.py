@@ -1,4 +1,5 @@
-"""The option `--mesh data=4,fsdp=2`, and the batch size that a mesh allows."""
+"""The options `--mesh data=4,fsdp=2` and `--attention-blocks 512,1024`, and the batch size that a
+mesh allows."""
 
 import math
 import re
@@ -28,6 +29,19 @@ def parse_mesh(text: str | None) -> Mesh | None:
         return make_mesh(**sizes)
     except ValueError as error:
         raise SettingError(f"--mesh {text}: {error}") from None
+
+
+def parse_blocks(text: str | None) -> tuple[int, int] | None:
+    """Reads how many queries and keys attention works on at a time. **Raises:** `SettingError`."""
+    if text is None:
+        return None
+    pair = re.fullmatch(r"([1-9]\d{0,5})\s*,\s*([1-9]\d{0,5})", text.strip())
+    if pair is None:
+        raise SettingError(
+            f"--attention-blocks {text} is not understood: write the queries and the keys of a "
+            "block, as in 512,1024."
+        )
+    return int(pair[1]), int(pair[2])
 
 
 def batch_size_for(mesh: Mesh | None, wanted: int | None) -> int:

@@ -12,6 +12,17 @@ from .output import DEFAULT_NAME
 Dtype = Literal["float32", "bfloat16", "float16"]
 LoraMode = Literal["merge", "runtime"]
 Stage = Literal["text"]
+Attention = Literal[
+    "auto",
+    "xla",
+    "chunked",
+    "pallas_tpu",
+    "cudnn",
+    "pallas_gpu",
+    "dot_product",
+    "flash",
+    "cudnn_flash_te",
+]
 
 
 def _option(panel: str, *flags: str, default: str | None = None, **more: Any) -> Any:
@@ -212,6 +223,22 @@ class Order:
             "data=4,fsdp=2.",
             metavar="AXES",
             default="one device",
+        ),
+    ] = None
+    attention: Annotated[
+        Attention,
+        _option(
+            "Memory",
+            help="Compute attention by this backend. The last three are MaxDiffusion's names.",
+        ),
+    ] = "auto"
+    attention_blocks: Annotated[
+        str | None,
+        _option(
+            "Memory",
+            help="Let attention work on blocks of so many queries and keys.",
+            metavar="QUERIES,KEYS",
+            default="the backend's",
         ),
     ] = None
     compiled: Annotated[

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from eqxdiff import EqxdiffError, SettingError
 
+from .signals import SIGNALS
+
 
 DEFAULT_NAME = "{model}-{seed}-{index}.png"
 PLACEHOLDERS = ("model", "seed", "index", "prompt")
@@ -92,7 +94,13 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
     **Raises:** `OutputError` where a file exists already or cannot be written.
     """
     made: list[Path] = []
-    try:
+
+    def remove() -> None:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    with SIGNALS.cleaned(remove):
         for path in paths:
             with _explained(path):
                 if _exists(path) and not overwrite:
@@ -106,15 +114,11 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
                 missing = [each for each in (folder, *folder.parents) if not _exists(each)]
                 made += missing
                 folder.mkdir(parents=True, exist_ok=True)
-                draft = _draft(folder)
-                draft.touch()
-                draft.unlink()
+                with SIGNALS.undisturbed():
+                    draft = _draft(folder)
+                    draft.touch()
+                    draft.unlink()
         yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
@@ -123,18 +127,20 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
     **Raises:** `OutputError` where the file exists already or cannot be written.
     """
     draft = _draft(path.parent)
-    try:
-        with _explained(path):
-            with open(draft, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                draft.replace(path)
-            else:
-                _rename_new(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with SIGNALS.undisturbed():
+        try:
+            with _explained(path):
+                with open(draft, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if overwrite:
+                    draft.replace(path)
+                else:
+                    _rename_new(draft, path)
+            SIGNALS.saved(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _rename_new(draft: Path, path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from .signals import SIGNALS
+
 
 def random(
     model: Annotated[str, Argument(help="The name of a model, such as flux-dev.")],
@@ -17,7 +19,8 @@ def random(
     from eqxdiff.models import check_range
 
     check_range("seed", seed, 0, 2**32 - 1)
-    write_example(model, folder, seed=seed)
+    with SIGNALS.raised():
+        write_example(model, folder, seed=seed)
     name = shlex.quote(str(folder))
     print(
         f"{folder} holds a tiny {model} of random weights: its pictures are noise. Try it:\n"

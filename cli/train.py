@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from .signals import SIGNALS
+
 
 SPARSE_SECONDS = 10.0
 """The time between two lines of progress where a line cannot be overwritten."""
@@ -39,7 +41,7 @@ def train(
     from .cache import compile_cache
 
     progress = _TrainingProgress(quiet, as_json)
-    with compile_cache(None):
+    with compile_cache(None), SIGNALS.raised():
         folder = train(read_config(config), output, resume=resume, report=progress)
     progress.clear()
     print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)

@@ -65,5 +65,14 @@ _HOMES = {
 __getattr__ = lazy(__name__, _HOMES)
 
 
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    {
+        *("CheckpointError", "ConfigError", "EqxdiffError"),
+        *("PromptError", "SettingError", "SourceError"),
+        *("lora", *(name for names in _HOMES.values() for name in names)),
+    }
+)
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(name for names in _HOMES.values() for name in names)})
+    return __all__

@@ -1,7 +1,6 @@
 """Attention: both of its forms against the definition in float64, and over several devices."""
 
 import functools
-import importlib
 import re
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from helpers import relative_error
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eqxdiff.kernels import attention
+from eqxdiff.kernels import attending, attention, choose_attention
 from eqxdiff.sharding import make_mesh
 
 
@@ -63,7 +62,7 @@ def define(q, k, v, bias=None, mask=None, scale=None):
 compute = jax.jit(attention, static_argnames=("implementation", "scale"))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
 @pytest.mark.parametrize("name", SIZES)
 def test_values(name, implementation):
     arrays = qkv(SIZES[name])
@@ -72,7 +71,7 @@ def test_values(name, implementation):
     assert relative_error(out, define(*arrays)) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
 @pytest.mark.parametrize(("heads", "queries"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", ["bias", "mask"])
 def test_values_with_a_bias_or_mask(kind, heads, queries, implementation):
@@ -95,11 +94,11 @@ def test_large_scores_do_not_overflow():
     q, k, v = qkv(SIZES["ragged"])
     k = k * np.linspace(0, 60, len(k), dtype=np.float32)[:, None, None]
     wanted = define(q, k, v)
-    for implementation in ("plain", "chunked"):
+    for implementation in ("xla", "chunked"):
         assert relative_error(compute(q, k, v, implementation=implementation), wanted) < 5e-6
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
 def test_half_precision_rounds_weights_and_result_alone(implementation):
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in qkv(SIZES["ragged"])]
     out = compute(*arrays, implementation=implementation)
@@ -122,7 +121,7 @@ def test_gradients_are_those_of_the_definition(name, kind, x64):
 
     grads = [
         jax.jit(jax.grad(functools.partial(loss, implementation=one), argnums=(0, 1)))(arrays, bias)
-        for one in ("plain", "chunked")
+        for one in ("xla", "chunked")
     ]
     for wanted, got in zip(*map(jax.tree.leaves, grads), strict=True):
         if np.any(wanted):  # with one key the softmax does not depend on it
@@ -141,20 +140,17 @@ def test_the_gradient_of_few_scores_is_kept():
     assert largest <= size[0] * size[1]  # the mask itself; the scores are four times as many
 
 
-def test_real_pictures_take_the_chunked_form(monkeypatch):
+def test_real_pictures_take_the_chunked_form():
     """Plain up to 64 MiB of scores: FLUX and SDXL at 1024x1024 are beyond, text encoders not."""
-    taken, module = [], importlib.import_module("eqxdiff.kernels.attention")
-    for name in ("plain_attention", "chunked_attention"):
-        spy = lambda q, *rest, name=name: taken.append(name.removesuffix("_attention")) or q
-        monkeypatch.setattr(module, name, spy)
     sizes = {"flux": (4608, 24, 128), "sdxl": (4096, 10, 64), "t5": (512, 64, 64)}
-    for tokens, heads, dim in sizes.values():
-        x = jax.ShapeDtypeStruct((tokens, heads, dim), jnp.bfloat16)
-        jax.eval_shape(attention, x, x, x)
-    assert taken == ["chunked", "chunked", "plain"]
+    with attending(choose_attention()) as used:
+        for tokens, heads, dim in sizes.values():
+            x = jax.ShapeDtypeStruct((tokens, heads, dim), jnp.bfloat16)
+            jax.eval_shape(attention, x, x, x)
+    assert used == {"4608x24x128": "chunked", "4096x10x64": "chunked", "512x64x64": "xla"}
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_heads_over_devices_are_not_gathered(implementation, batch):
     mesh = make_mesh(data=batch, tensor=8 // batch)

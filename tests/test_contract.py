@@ -18,7 +18,7 @@ from sd_files import write_controlnet
 import eqxdiff
 from eqxdiff import ControlImage, Hook, Request
 from eqxdiff.pipeline import Job, stack_examples, texts
-from eqxdiff.pipeline.inputs import _encode_image
+from eqxdiff.pipeline.inputs import encode_image
 from eqxdiff.pipeline.sample import Loop, _begin, _step, decode_batch
 from eqxdiff.sampling import AbstractGuider, Unguided
 from eqxdiff.training import LogitNormal, Task, gradients
@@ -473,9 +473,9 @@ def programs(pipe) -> dict:
 
     return {
         "step": _step.lower((loop, jnp.asarray(0)), x, state),
-        "text": texts._encode.lower(model, pipe.stage("text"), tokens, dtype),
-        "decode": decode_batch.lower(model, vae, x, dtype, False, None),
-        "encode": _encode_image.lower(model, vae, image, example.noise, dtype, False),
+        "text": texts.encode_text.lower(blueprint, pipe.stage("text"), tokens),
+        "decode": decode_batch.lower(blueprint, vae, x, False),
+        "encode": encode_image.lower(blueprint, vae, image, example.noise, False),
         "gradient": eqx.filter_jit(eqx.filter_grad(loss)).lower(pipe),
         "training": train(
             denoising, pipe.without("vae").components, (jnp.stack([x[0]] * 2), captions)

@@ -29,6 +29,7 @@ ORDER = [
     ("training",),
     ("plan",),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LEAVES = ORDER[0]

@@ -76,6 +76,7 @@ def test_the_eqxdiff_chunk_is_enough_to_make_the_picture_again(generate, dev):
         "weights": dict(eqxdiff.open_model("flux-dev", str(dev)).source.identity),
         "dtype": dict.fromkeys(("text_encoder", "text_encoder_2", "transformer", "vae"), "float32"),
         "compute_dtype": "float32",
+        "attention": dict.fromkeys(("77x4x8", "512x4x8", "528x4x16", "64x1x16"), "xla"),
         "noise": {"source": "seed", "generator": "threefry2x32"},
         "batch_size": 1,
         "device": "cpu",

@@ -1,5 +1,6 @@
 """The pipeline: what recompiles, what a seed means, what may be absent, what is split."""
 
+import pydoc
 import shutil
 
 import equinox as eqx
@@ -183,6 +184,21 @@ def test_schnell_takes_no_guidance(tmp_path):
         eqxdiff.generate(pipe, "a cat", guidance=3.5, **SMALL)
     settings = pipe.blueprint.resolve({})
     assert (settings.steps, settings.guidance, settings.max_sequence_length) == (4, None, 256)
+
+
+def test_settings_have_the_further_names_of_the_command_line(pipe, picture):
+    own = {**SMALL, "guidance": 2.0}
+    further = {"num_inference_steps": own.pop("steps"), "guidance_scale": own.pop("guidance")}
+    resolved = pipe.blueprint.resolve({**own, **further})
+    assert resolved == pipe.blueprint.resolve({**SMALL, "guidance": 2.0})
+    with pytest.raises(eqxdiff.SettingError, match="another name of `steps`: give one"):
+        pipe.blueprint.resolve({"steps": 2, "num_inference_steps": 3})
+
+
+def test_the_package_shows_its_api_alone():
+    assert dir(eqxdiff) == eqxdiff.__all__
+    assert all(getattr(eqxdiff, name) is not None for name in eqxdiff.__all__)
+    assert "Pipeline" in pydoc.plain(pydoc.render_doc(eqxdiff))
 
 
 def test_dev_has_its_defaults(pipe):

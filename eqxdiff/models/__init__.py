@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         complete as complete,
         declarations as declarations,
         image_step as image_step,
+        own_names as own_names,
         setting as setting,
         tiles as tiles,
     )
@@ -101,6 +102,7 @@ _HOMES = {
         "complete",
         "declarations",
         "image_step",
+        "own_names",
         "setting",
         "tiles",
     ),

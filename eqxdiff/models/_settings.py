@@ -173,6 +173,23 @@ def declarations(cls: type[Settings]) -> dict[str, Declaration]:
     return {field.name: field.metadata["declaration"] for field in dataclasses.fields(cls)}
 
 
+def own_names(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by their own names where some are given by further ones, such as
+    `num_inference_steps`.
+
+    **Raises:** `SettingError` where a setting is given by two names.
+    """
+    own = {flag: name for name, each in declarations(cls).items() for flag in each.flags}
+    named: dict[str, Any] = {}
+    for name, value in given.items():
+        meant = own.get(name, name)
+        if named.get(meant) is not None and value is not None:
+            raise SettingError(f"`{name}` is another name of `{meant}`: give one of them.")
+        if value is not None or meant not in named:
+            named[meant] = value
+    return named
+
+
 def complete(cls: type[S], given: Mapping[str, Any], defaults: S, model: str) -> S:
     """Completes the settings that a user gave by the defaults for those absent or `None`.
 

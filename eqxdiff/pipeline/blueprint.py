@@ -1,19 +1,22 @@
 """A model whose configs and tokenizers are read, and whose weights are not."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import equinox as eqx
 from jax.sharding import Mesh, Sharding
 
+from .._dtypes import float32_products
 from .._errors import SettingError
 from ..checkpoint import FILE, Table, leaf_paths, load_module, loaded_shapes
 from ..convert import locate
 from ..hub import Part, Source
+from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
-from ..models import AbstractModel, Component, Family, Settings
+from ..models import AbstractModel, Component, Family, Settings, own_names
 from ..sharding import parameter_sharding
 from ..tensors import AbstractTensorSource
 from ..text import Tokenizer
@@ -39,6 +42,7 @@ class Blueprint:
     - `dtype`: of the weights; `None` keeps the dtype of each tensor of the checkpoint.
     - `compute_dtype`: of the activations.
     - `mesh`: the devices to spread over, or `None` for the default one.
+    - `attention`: the backends of attention, on these devices.
     - `components`: those of the family and the ControlNets, by name.
     - `parts`: where the weights of components are that are not the source's own.
     - `made_for`: the number of steps that the weights are made for, if there is one.
@@ -54,6 +58,7 @@ class Blueprint:
     dtype: Any
     compute_dtype: Any
     mesh: Mesh | None
+    attention: AttentionChoice
     components: Mapping[str, Component]
     parts: Mapping[str, Part]
     made_for: int | None
@@ -64,13 +69,23 @@ class Blueprint:
     @property
     def _programs(self) -> tuple[Any, ...]:
         """What the programs of a model depend on."""
-        return self.model, self.compute_dtype, self.mesh, tuple(self.components)
+        components = tuple(self.components)
+        return self.model, self.compute_dtype, self.mesh, self.attention, components
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Blueprint) and self._programs == other._programs
 
     def __hash__(self) -> int:
         return hash(self._programs)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[dict[str, str]]:
+        """Puts the precision and the attention of the model in place for what is traced within.
+
+        **Yields:** a dictionary that is filled meanwhile: the backend of each shape of attention.
+        """
+        with float32_products(self.compute_dtype), attending(self.attention) as used:
+            yield used
 
     @property
     def name(self) -> str:
@@ -94,7 +109,7 @@ class Blueprint:
 
     def resolve(self, given: Mapping[str, Any]) -> Any:
         """Completes the settings that a user gave. **Raises:** `SettingError`."""
-        settings: Settings = self.model.resolve(given)
+        settings: Settings = self.model.resolve(own_names(self.family.settings, given))
         if self.made_for not in (None, settings.steps):
             raise SettingError(
                 f"These weights of {self.name} are made for {self.made_for} steps: load the model "

@@ -184,6 +184,7 @@ def generate_each(
             each = steps(blueprint, modules, batch, hooks, begin=own.begin, advance=own.advance)
             for step in each:
                 x, done = step.x, done + 1
+                stages.attention |= step.attention
                 if progress is not None:
                     x.block_until_ready()
                     report("sampling", done, total)
@@ -203,6 +204,7 @@ def _encoded(
         with stages.text(last=last) as modules, stages.clock("encode"):
             encoder = TextEncoder(stages.blueprint, modules, stages.programs.encode)
             made = [[_encode(encoder, job) for job in group] for group in groups]
+            stages.attention |= encoder.attention
             return jax.block_until_ready(made)
 
     if stages.ahead:
@@ -254,14 +256,9 @@ def _pictures(
     blueprint = stages.blueprint
     arrays: list[np.ndarray | None] = [None] * len(group)
     if vae is not None:
-        tiled = tiles(group[0].settings)
-        arrays = list(
-            np.asarray(
-                stages.programs.decode(
-                    blueprint.model, vae, x, blueprint.compute_dtype, tiled, blueprint.mesh
-                )
-            )
-        )
+        images, used = stages.programs.decode(blueprint, vae, x, tiles(group[0].settings))
+        arrays = list(np.asarray(images))
+        stages.attention |= used
     latents = np.asarray(x.transpose(0, 3, 1, 2), np.float32)
     pictures = []
     for job, array, latent in zip(group, arrays, latents, strict=False):

@@ -7,12 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from .._dtypes import float32_products
 from .._errors import SettingError
 from .._types import PRNGKey
-from ..models import AbstractModel, Inputs, Modules, Recipe, tiles
+from ..models import Inputs, Modules, Recipe, tiles
 from ..pictures import (
     Region,
     check_mask,
@@ -114,14 +113,7 @@ def make_inputs(
     noise = noise.transpose(1, 2, 0)
 
     def encode(image: np.ndarray) -> Array:
-        return _encode_image(
-            blueprint.model,
-            modules,
-            jnp.asarray(image),
-            noise,
-            blueprint.compute_dtype,
-            tiles(settings),
-        )
+        return encode_image(blueprint, modules, jnp.asarray(image), noise, tiles(settings))
 
     latent, mask, masked = encode(pixels.image), None, None
     if pixels.mask is not None:
@@ -132,13 +124,14 @@ def make_inputs(
 
 
 @eqx.filter_jit
-def _encode_image(
-    model: AbstractModel,
+def encode_image(
+    blueprint: Blueprint,
     modules: Modules,
     image: Float[Array, "H W 3"],
     noise: Float[Array, "h w c"],
-    dtype: DTypeLike,
     tiled: bool,
 ) -> Float[Array, "h w c"]:
-    with float32_products(dtype):
-        return model.to_latent(modules, image, noise, dtype, tiled=tiled)
+    """Encodes one picture from -1 to 1 to a latent."""
+    with blueprint.computing():
+        dtype = blueprint.compute_dtype
+        return blueprint.model.to_latent(modules, image, noise, dtype, tiled=tiled)

@@ -13,6 +13,7 @@ from jaxtyping import DTypeLike
 from .._errors import ConfigError, SettingError
 from ..convert.recognise import claim_parts, scheduler_fields
 from ..hub import Part, Source, open_part, open_weights
+from ..kernels import Attention, Blocks, choose_attention
 from ..lora import Adapter, Fitted, fit
 from ..models import Component, Family, Preset, control_names, find_model
 from ..text import Tokenizer
@@ -36,6 +37,8 @@ def open_model(
     revision: str | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
+    attention: Attention = "auto",
+    attention_blocks: Blocks | None = None,
     mesh: Mesh | None = None,
 ) -> Blueprint:
     """Reads all of a model but its weights: that is cheap, and finds most mistakes.
@@ -47,6 +50,9 @@ def open_model(
     """
     family, preset = find_model(name)
     made_for, preset = _distilled(name, preset, steps, own=weights is None, parts=parts)
+    if compute_dtype is None:
+        compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    choice = choose_attention(attention, attention_blocks, mesh=mesh, dtype=compute_dtype)
     given = open_weights(weights, preset.home, revision=revision)
     source = given.source
     opened = _open_parts(name, family, {**(preset.parts if weights is None else {}), **parts})
@@ -64,8 +70,6 @@ def open_model(
     for net, part, spec in _controlnets(name, family, preset, controlnets):
         components[net], opened[net] = spec, part
         configs[net] = family.control_config(configs, part.config())
-    if compute_dtype is None:
-        compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return Blueprint(
         model,
         family,
@@ -75,6 +79,7 @@ def open_model(
         None if dtype is None else jnp.dtype(dtype),
         jnp.dtype(compute_dtype),
         mesh,
+        choice,
         components,
         opened,
         made_for,
@@ -161,6 +166,8 @@ def load(
     lora_mode: LoraMode = "merge",
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
+    attention: Attention = "auto",
+    attention_blocks: Blocks | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -182,6 +189,12 @@ def load(
     - `lora_mode`: add LoRAs to the weights, or apply them beside the weights at run time.
     - `dtype`: of the weights; by default each tensor keeps the checkpoint's.
     - `compute_dtype`: of the activations; by default float32 on a CPU, else bfloat16.
+    - `attention`: the backend of attention: `"auto"`, the best that can do a shape; `"xla"`, the
+        definition; `"chunked"`, plain JAX by blocks; `"pallas_tpu"`, `"cudnn"` or `"pallas_gpu"`.
+        A shape that the backend refuses goes to the next best. Of MaxDiffusion's names
+        `"dot_product"` is `"xla"`, `"cudnn_flash_te"` is `"cudnn"`, and `"flash"` the platform's
+        kernel.
+    - `attention_blocks`: how many queries and how many keys a backend works on at a time.
     - `mesh`: made by `eqxdiff.make_mesh`, to spread weights and batches over devices.
     - `revision`: branch, tag or commit of the repository.
     - `progress`: called as `progress(what, done, total)`.
@@ -200,6 +213,8 @@ def load(
         revision=revision,
         dtype=dtype,
         compute_dtype=compute_dtype,
+        attention=attention,
+        attention_blocks=attention_blocks,
         mesh=mesh,
     )
     return Pipeline(blueprint.load(list(blueprint.components), progress=progress), blueprint)

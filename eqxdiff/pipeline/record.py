@@ -35,6 +35,7 @@ def versions() -> dict[str, str]:
 def run_record(
     blueprint: Blueprint,
     dtypes: Mapping[str, str],
+    attention: Mapping[str, str],
     noise: str | None,
     inputs: Mapping[str, Any],
     batch_size: int,
@@ -44,6 +45,7 @@ def run_record(
     **Arguments:**
 
     - `dtypes`: of the weights of each component, as loaded.
+    - `attention`: the backend of each shape of attention that has run.
     - `noise`: the digest of the initial noise of all pictures, where it was given.
     - `inputs`: facts about the input and control pictures, by name.
     """
@@ -54,6 +56,7 @@ def run_record(
         "weights": blueprint.identity,
         "dtype": dict(dtypes),
         "compute_dtype": str(blueprint.compute_dtype),
+        "attention": dict(attention),
         "noise": seeds if noise is None else {"source": "file", "sha256": noise},
         **inputs,
         **({"loras": blueprint.adapters.record()} if blueprint.adapters is not None else {}),

@@ -1,18 +1,17 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._dtypes import float32_products
 from .._errors import SettingError
-from ..models import AbstractModel, Modules
+from ..models import Modules
 from ..sampling import Hook, Row, State, begin, sample, step
 from ..sampling.sample import Remat
 from ..sharding import BATCH_AXES, shard_batch
@@ -39,6 +38,9 @@ class Step(NamedTuple):
     x0: Float[Array, "n h w c"]
     """The denoised latents that the step began with: what to show meanwhile."""
 
+    attention: Mapping[str, str]
+    """The backend of each shape of attention, such as `{"4608x24x128": "cudnn"}`."""
+
 
 def steps(
     blueprint: Blueprint,
@@ -64,8 +66,8 @@ def steps(
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
     x, state = begin(loop)
     for index in range(batch.recipe.schedule.alpha.shape[-1] - 1):
-        x, x0, row, state = advance((loop, jnp.asarray(index)), x, state)
-        yield Step(index, row, x, x0)
+        x, x0, row, state, used = advance((loop, jnp.asarray(index)), x, state)
+        yield Step(index, row, x, x0, used)
 
 
 class Loop(eqx.Module):
@@ -79,12 +81,11 @@ class Loop(eqx.Module):
     def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Maps a function of a denoiser, an example and more over the batch."""
         blueprint = self.blueprint
-        model, dtype = blueprint.model, blueprint.compute_dtype
 
         def one(example: Example, *more: Any) -> PyTree:
-            with float32_products(dtype):
-                denoiser = example.denoiser(model, self.modules, dtype)
-                return function(denoiser, example, *more)
+            model, dtype = blueprint.model, blueprint.compute_dtype
+            denoiser = example.denoiser(model, self.modules, dtype)
+            return function(denoiser, example, *more)
 
         return over_batch(one, blueprint.mesh)
 
@@ -97,14 +98,16 @@ def begin_batch(loop: Loop) -> tuple[Array, State]:
         x, recipe = example.start(), example.recipe
         return x, begin(denoiser, x, recipe.schedule, recipe.solver)
 
-    return loop.map(one)(loop.batch)
+    with loop.blueprint.computing():
+        return loop.map(one)(loop.batch)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def step_batch(
     fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
-) -> tuple[Array, Array, Row, State]:
-    """Makes one step of a batch: returns `x`, `x0`, the row that it began at, and the state.
+) -> tuple[Array, Array, Row, State, dict[str, str]]:
+    """Makes one step of a batch: returns `x`, `x0`, the row that it began at, the solver's state
+    and the backend of each attention.
 
     It gives the buffers of `x` and `state` away.
     """
@@ -116,7 +119,9 @@ def step_batch(
         x, x0, state = step(denoiser, x, state, schedule, index, solver, example.key, hooks)
         return x, x0, schedule[index], state
 
-    return loop.map(one)(loop.batch, x, state)
+    with loop.blueprint.computing() as used:
+        made = loop.map(one)(loop.batch, x, state)
+    return *made, used
 
 
 def sample_latent(
@@ -134,7 +139,7 @@ def sample_latent(
     """
     blueprint, recipe = pipe.blueprint, example.recipe
     dtype = blueprint.compute_dtype
-    with float32_products(dtype):
+    with blueprint.computing():
         denoiser = example.denoiser(blueprint.model, pipe.stage("denoiser"), dtype)
         return sample(
             denoiser,
@@ -157,7 +162,7 @@ def decode(
     - `pipe`: with the autoencoder's stage.
     """
     blueprint = pipe.blueprint
-    with float32_products(blueprint.compute_dtype):
+    with blueprint.computing():
         return blueprint.model.to_image(
             pipe.stage("vae"), latent, blueprint.compute_dtype, tiled=tiled
         )
@@ -165,20 +170,14 @@ def decode(
 
 @eqx.filter_jit
 def decode_batch(
-    model: AbstractModel,
-    modules: Modules,
-    latents: Float[Array, "n h w c"],
-    dtype: DTypeLike,
-    tiled: bool,
-    mesh: Mesh | None,
-) -> Float[Array, "n H W 3"]:
-    """Decodes a batch of latents."""
-
-    def one(latent):
-        with float32_products(dtype):
-            return model.to_image(modules, latent, dtype, tiled=tiled)
-
-    return over_batch(one, mesh)(latents)
+    blueprint: Blueprint, modules: Modules, latents: Float[Array, "n h w c"], tiled: bool
+) -> tuple[Float[Array, "n H W 3"], dict[str, str]]:
+    """Decodes a batch of latents. Returns the pictures and the backend of each attention."""
+    model, dtype = blueprint.model, blueprint.compute_dtype
+    one = lambda latent: model.to_image(modules, latent, dtype, tiled=tiled)
+    with blueprint.computing() as used:
+        images = over_batch(one, blueprint.mesh)(latents)
+    return images, used
 
 
 def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:

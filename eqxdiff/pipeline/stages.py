@@ -30,12 +30,14 @@ class AbstractStages(abc.ABC):
     - `ahead`: whether all prompts are encoded before the first picture is sampled.
     - `clock`: measures what takes how long.
     - `programs`: run the networks.
+    - `attention`: the backend of each shape of attention that has run.
     """
 
     blueprint: Blueprint
     ahead: bool
     clock: Clock
     programs: Programs
+    attention: dict[str, str]
 
     @abc.abstractmethod
     def text(self, *, last: bool) -> AbstractContextManager[Modules]:
@@ -51,6 +53,7 @@ class LoadedStages(AbstractStages):
 
     def __init__(self, pipe: Pipeline):
         self.blueprint, self.ahead, self.clock = pipe.blueprint, False, no_clock
+        self.attention = {}
         self.programs, self._pipe = Programs(), pipe
 
     @contextlib.contextmanager
@@ -88,6 +91,7 @@ class Stages(AbstractStages):
         self.clock = no_clock if clock is None else clock
         self.programs = programs or Programs()
         self.dtypes: dict[str, str] = {}
+        self.attention = {}
         self._keep, self._progress = keep, progress
         self._loaded: dict[str, dict[str, Any] | Parked] = {}
 

@@ -9,10 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike, PyTree
+from jaxtyping import PyTree
 
-from .._dtypes import float32_products
-from ..models import PROMPT, AbstractModel, Modules, Text
+from ..models import PROMPT, Modules, Text
 from .blueprint import Blueprint
 
 
@@ -93,7 +92,10 @@ def encode_prompts(
 
 
 class TextEncoder:
-    """The text encoders of a model, which encode each text once."""
+    """The text encoders of a model, which encode each text once.
+
+    - `attention`: the backend of each shape of attention so far.
+    """
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class TextEncoder:
 
         - `encode`: a program in place of `encode_text`.
         """
+        self.attention: dict[str, str] = {}
         self._blueprint, self._modules = blueprint, modules
         self._encode = encode or encode_text
         self._known: dict[Any, PyTree] = {}
@@ -114,15 +117,17 @@ class TextEncoder:
         leaves, structure = jax.tree.flatten(text.tokens)
         key = structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)
         if key not in self._known:
-            blueprint = self._blueprint
-            self._known[key] = self._encode(
-                blueprint.model, self._modules, text.tokens, blueprint.compute_dtype
-            )
+            encoded, used = self._encode(self._blueprint, self._modules, text.tokens)
+            self._known[key] = encoded
+            self.attention |= used
         return self._known[key]
 
 
 @eqx.filter_jit
-def encode_text(model: AbstractModel, modules: Modules, tokens: PyTree, dtype: DTypeLike) -> PyTree:
-    """Runs the text encoders on the tokens of one text."""
-    with float32_products(dtype):
-        return model.encode(modules, tokens, dtype)
+def encode_text(
+    blueprint: Blueprint, modules: Modules, tokens: PyTree
+) -> tuple[PyTree, dict[str, str]]:
+    """Encodes tokens. Returns what the encoders say and the backend of each attention."""
+    with blueprint.computing() as used:
+        encoded = blueprint.model.encode(modules, tokens, blueprint.compute_dtype)
+    return encoded, used

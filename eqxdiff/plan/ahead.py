@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from .._errors import SettingError
 from ..checkpoint.load import dotted
+from ..kernels import choose_attention
 from ..pipeline import Blueprint, Job, open_model
 from ..sharding import BATCH_AXES, parameter_sharding
 from .advise import advise, auto_mesh, require
@@ -128,7 +129,8 @@ def measure(
     one = target.topology.split(":")[0] + ":1x1"
     alone = math.prod(sizes.values()) == 1 and not target.topology.startswith("v5p")
     mesh = topology_mesh(one if alone else target.topology, sizes)
-    blueprint = dataclasses.replace(skeletons.blueprint, mesh=mesh)
+    attention = choose_attention(mesh=mesh, dtype=skeletons.blueprint.compute_dtype)
+    blueprint = dataclasses.replace(skeletons.blueprint, mesh=mesh, attention=attention)
     job = make_job(blueprint, choice.settings)
     there = dataclasses.replace(skeletons, blueprint=blueprint)
     found = {}

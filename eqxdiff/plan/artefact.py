@@ -26,6 +26,7 @@ from jax import export
 from jaxtyping import PyTree
 
 from .._errors import SettingError, SourceError
+from ..kernels import attention_for
 from ..models import tiles
 from ..pipeline import Blueprint, Job, Programs
 from ..pipeline.sample import Loop
@@ -55,6 +56,8 @@ def compile_picture(
     """
     platform = platform or here()
     check_plain(blueprint, job)
+    if platform != here():
+        blueprint = dataclasses.replace(blueprint, attention=attention_for(platform))
     skeletons = Skeletons.of(blueprint)
     programs, encoded = make_programs(skeletons, job, batch_size)
     header = {
@@ -64,6 +67,7 @@ def compile_picture(
         **facts(blueprint, job, batch_size),
         "weights": {one.stage: signature(one.weights) for one in programs},
         "inputs": {one.name: signature(one.inputs) for one in programs},
+        "attention": {one.name: dict(one.attention) for one in programs},
         "encoded": describe_tree(encoded[next(iter(encoded))]),
     }
     file = io.BytesIO()
@@ -226,23 +230,25 @@ class Artefact:
             leaves = jax.tree.leaves((weights, *inputs))
             return list(calls[name](*map(unwrap, leaves)))
 
-        def encode(model: Any, modules: Any, tokens: PyTree, dtype: Any) -> PyTree:
-            package = type(model).__module__.split(".")[0]
+        used = self.header["attention"]
+
+        def encode(blueprint: Blueprint, modules: Any, tokens: PyTree) -> tuple[PyTree, Any]:
+            package = type(blueprint.model).__module__.split(".")[0]
             leaves = iter(run("encode", modules, tokens))
-            return rebuild(self.header["encoded"], leaves, package)
+            return rebuild(self.header["encoded"], leaves, package), used["encode"]
 
         def begin(loop: Loop) -> tuple[Any, tuple[Any, ...]]:
             x, *state = run("begin", loop.modules, loop.batch)
             return x, tuple(state)
 
-        def advance(fixed: Any, x: Any, state: PyTree) -> tuple[Any, Any, Row, PyTree]:
+        def advance(fixed: Any, x: Any, state: PyTree) -> tuple[Any, ...]:
             loop, index = fixed
             arrays = jax.tree.leaves((loop.modules, loop.batch, index, x, state))
             x, x0, alpha, sigma, timestep, *state = calls["step"](*map(unwrap, arrays))
-            return x, x0, Row(alpha, sigma, timestep), tuple(state)
+            return x, x0, Row(alpha, sigma, timestep), tuple(state), used["step"]
 
-        def decode(model: Any, modules: Any, latents: Any, *rest: Any) -> Any:
-            return run("decode", modules, latents)[0]
+        def decode(_: Blueprint, modules: Any, latents: Any, tiled: bool) -> tuple[Any, Any]:
+            return run("decode", modules, latents)[0], used["decode"]
 
         return Programs(encode, begin, advance, decode)
 

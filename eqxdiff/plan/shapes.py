@@ -81,6 +81,7 @@ class Program:
     - `outputs`: the shapes of the result.
     - `calls`: how often it runs for a batch of pictures.
     - `donated`: whether the inputs that change from call to call are given away.
+    - `attention`: the backend of each shape of attention.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Program:
     outputs: PyTree
     calls: int
     donated: bool = False
+    attention: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def make_programs(
@@ -102,12 +104,14 @@ def make_programs(
     Nothing is computed: all arrays are shapes.
     """
     blueprint, own = skeletons.blueprint, Programs()
-    model, dtype = blueprint.model, blueprint.compute_dtype
     text, denoiser, vae = (skeletons.stage(stage) for stage in ("text", "denoiser", "vae"))
     tokens = {role: as_shapes(each.tokens) for role, each in job.texts.items()}
 
+    used: dict[str, dict[str, str]] = {}
+
     def encode(modules: Any, tokens: PyTree) -> PyTree:
-        return own.encode(model, modules, tokens, dtype)
+        encoded, used["encode"] = own.encode(blueprint, modules, tokens)
+        return encoded
 
     encoded = {role: jax.eval_shape(encode, text, each) for role, each in tokens.items()}
 
@@ -124,10 +128,12 @@ def make_programs(
         return own.begin(loop(modules, batch))
 
     def step(modules: Any, batch: PyTree, index: Any, x: Any, state: PyTree) -> PyTree:
-        return own.advance((loop(modules, batch), index), x, state)
+        *made, used["step"] = own.advance((loop(modules, batch), index), x, state)
+        return tuple(made)
 
     def decode(modules: Any, latents: Any) -> PyTree:
-        return own.decode(model, modules, latents, dtype, tiles(job.settings), blueprint.mesh)
+        image, used["decode"] = own.decode(blueprint, modules, latents, tiles(job.settings))
+        return image
 
     x, state = jax.eval_shape(begin, denoiser, batch)
     stepped = batch, jax.ShapeDtypeStruct((), jnp.int32), x, state
@@ -148,7 +154,7 @@ def make_programs(
         ),
         Program("decode", "vae", vae, (x,), decode, jax.eval_shape(decode, vae, x), 1),
     ]
-    return programs, encoded
+    return [dataclasses.replace(one, attention=used.get(one.name, {})) for one in programs], encoded
 
 
 def make_job(blueprint: Blueprint, given: Mapping[str, Any]) -> Job:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from .._config import coerce, spell_type
 from .._errors import ConfigError
+from ..kernels import Attention
 
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class ModelConfig:
     - `remat`: recompute each block in the backward pass, to save memory.
     - `compute_dtype`: the dtype of the activations; the weights are trained in float32.
     - `save_dtype`: the dtype of the weights of the finished model.
+    - `attention`, `attention_blocks`: the backend of attention and its blocks, as of `load`.
     """
 
     name: str
@@ -39,6 +41,8 @@ class ModelConfig:
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Attention = "auto"
+    attention_blocks: tuple[int, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -196,7 +200,7 @@ class TrainConfig:
         fields = dataclasses.asdict(self)
         for section, names in (
             ("run", ("steps", "log_every", "sample_every", "save_every")),
-            ("model", ("save_dtype",)),
+            ("model", ("save_dtype", "attention", "attention_blocks")),
         ):
             for name in names:
                 del fields[section][name]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from .._dtypes import float32_products
 from .._types import Scalar
+from ..kernels import AttentionChoice, attending
 from ..models import PROMPT, AbstractModel, Inputs, Modules, Settings
 from ..sampling import AbstractParameterization, Conditioned, Denoiser, FlowSchedulerConfig
 from .config import TrainConfig
@@ -31,6 +32,7 @@ class DenoiserObjective(eqx.Module):
     - `gamma`: the constant of `min_snr_weight`; `None` weighs all levels alike.
     - `settings`: the settings of the pictures, such as their size. They are compiled in.
     - `dtype`: the dtype of the activations.
+    - `attention`: the backends of attention.
     """
 
     model: AbstractModel
@@ -39,6 +41,7 @@ class DenoiserObjective(eqx.Module):
     gamma: float | None
     settings: Settings = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    attention: AttentionChoice | None = eqx.field(static=True, default=None)
 
     def __call__(
         self,
@@ -60,7 +63,7 @@ class DenoiserObjective(eqx.Module):
             return loss * min_snr_weight(row, self.parameterization, self.gamma)
 
         latents, tokens = batch
-        with float32_products(self.dtype):
+        with float32_products(self.dtype), attending(self.attention):
             return jnp.mean(jax.vmap(one)(latents, tokens, keys)), {}
 
 
@@ -71,11 +74,13 @@ class AutoencoderObjective(eqx.Module):
 
     - `kl_weight`, `edge_weight`: as of `autoencoder_loss`.
     - `dtype`: the dtype of the activations.
+    - `attention`: the backends of attention.
     """
 
     kl_weight: float
     edge_weight: float
     dtype: Any = eqx.field(static=True)
+    attention: AttentionChoice | None = eqx.field(static=True, default=None)
 
     def __call__(
         self, modules: Modules, batch: Float[Array, "n H W 3"], keys: Key[Array, " n"]
@@ -89,7 +94,7 @@ class AutoencoderObjective(eqx.Module):
                 edge_weight=self.edge_weight,
             )
 
-        with float32_products(self.dtype):
+        with float32_products(self.dtype), attending(self.attention):
             losses, metrics = jax.vmap(one)(batch, keys)
         return jnp.mean(losses), jax.tree.map(jnp.mean, metrics)
 
@@ -98,7 +103,9 @@ def make_objective(studio: Studio, config: TrainConfig) -> Loss:
     """Returns the loss that a config asks for: of the denoiser, or of the autoencoder alone."""
     fields, blueprint = config.loss, studio.blueprint
     if studio.vae is None:
-        return AutoencoderObjective(fields.kl_weight, fields.edge_weight, blueprint.compute_dtype)
+        return AutoencoderObjective(
+            fields.kl_weight, fields.edge_weight, blueprint.compute_dtype, blueprint.attention
+        )
     scheduler = blueprint.configs["scheduler"]
     if not isinstance(scheduler, FlowSchedulerConfig):
         levels = Discrete.init(scheduler)
@@ -113,4 +120,5 @@ def make_objective(studio: Studio, config: TrainConfig) -> Loss:
         fields.min_snr_gamma or None,
         studio.settings,
         blueprint.compute_dtype,
+        blueprint.attention,
     )

@@ -65,6 +65,8 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
         parts=given,
         dtype=jnp.float32,
         compute_dtype=model.compute_dtype,
+        attention=model.attention,
+        attention_blocks=model.attention_blocks or None,  # pyright: ignore[reportArgumentType]
     )
     modules = {}
     for index, (name, component) in enumerate(blueprint.components.items()):

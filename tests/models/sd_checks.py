@@ -102,8 +102,7 @@ def check_picture(name: str, root: Path) -> None:
     """What the recorded latents are decoded to, in 8 bits."""
     latents = jnp.asarray(read_reference()[f"{name}/final"]).transpose(0, 2, 3, 1)
     pipe = loaded(name, root)
-    model, modules = pipe.blueprint.model, pipe.stage("vae")
-    arrays = decode_batch(model, modules, latents, jnp.float32, False, None)
+    arrays, _ = decode_batch(pipe.blueprint, pipe.stage("vae"), latents, False)
     check_bytes(name, to_bytes(np.asarray(arrays)))
 
 
