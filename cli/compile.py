@@ -1,6 +1,7 @@
 """The command that compiles the programs of a picture ahead of time."""
 
 import inspect
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +14,10 @@ from .helptext import parameter
 HELP = "Compiles the programs of a picture into a file, which `generate --compiled` runs."
 
 KEPT = {"model", "weights", "revision", "dtype", "compute_dtype", "lora", "lora_partial"}
-KEPT |= {"lora_mode", "batch_size", "overwrite"}
+KEPT |= {"lora_mode", "batch_size", "attention", "attention_blocks", "overwrite"}
 """The options of `eqxdiff generate` that count here, besides settings and parts."""
 
-OWN = {
+OWN: dict[str, Any] = {
     "output": Annotated[
         Path, Option("--output", "-o", help="Write the programs to this file.", metavar="FILE")
     ],
@@ -43,7 +44,7 @@ def command() -> Callable[..., None]:
     orders = set(Order.__dataclass_fields__) - KEPT
     kept = [one for one in signature().parameters.values() if one.name not in orders]
     more = [
-        parameter(name, *hint.__args__, *hint.__metadata__, DEFAULTS.get(name, REQUIRED))
+        parameter(name, *typing.get_args(hint), DEFAULTS.get(name, REQUIRED))
         for name, hint in OWN.items()
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from eqxdiff import SettingError, SourceError
@@ -28,7 +29,16 @@ from eqxdiff.pipeline import (
     run_record,
     share,
 )
-from eqxdiff.plan import Artefact, compile_picture, refuse_what_cannot_fit
+from eqxdiff.plan import (
+    Artefact,
+    Choice,
+    Skeletons,
+    auto_mesh,
+    compile_picture,
+    find_target,
+    refuse_what_cannot_fit,
+    spell_mesh,
+)
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
@@ -149,6 +159,16 @@ def run(order: Order, report: AbstractReport) -> None:
         )
 
 
+def mesh_that_fits(order: Order, controlnets: Sequence[str]) -> str:
+    """Chooses the mesh of all devices that is fastest of those that fit."""
+    skeletons = Skeletons.of(open_blueprint(order, controlnets))
+    settings = {name: value for name, value in order.settings.items() if value is not None}
+    keep = "host" if order.offload else "nowhere" if order.release else "device"
+    devices = jax.device_count()
+    choice = Choice(settings, order.batch_size, {}, keep)
+    return spell_mesh(auto_mesh(skeletons, find_target(None, devices), choice).choice.mesh)
+
+
 def jobs_of_each_form(jobs: Sequence[Job]) -> list[Job]:
     """Returns one job of each size of pictures."""
     return list({(job.settings.height, job.settings.width): job for job in jobs}.values())
@@ -156,6 +176,9 @@ def jobs_of_each_form(jobs: Sequence[Job]) -> list[Job]:
 
 def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
     """Opens the model that the options name, without reading its weights."""
+    mesh = order.mesh
+    if mesh is not None and mesh.strip() == "auto":
+        mesh = mesh_that_fits(dataclasses.replace(order, mesh=None), controlnets)
     return open_model(
         order.model,
         order.weights,
@@ -170,7 +193,7 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
         compute_dtype=order.compute_dtype,
         attention=order.attention,
         attention_blocks=parse_blocks(order.attention_blocks),
-        mesh=parse_mesh(order.mesh),
+        mesh=parse_mesh(mesh),
     )
 
 

@@ -220,7 +220,7 @@ class Order:
         _option(
             "Memory",
             help="Spread the work over devices along the axes data, fsdp and tensor, as in "
-            "data=4,fsdp=2.",
+            "data=4,fsdp=2; auto takes the fastest that fits.",
             metavar="AXES",
             default="one device",
         ),

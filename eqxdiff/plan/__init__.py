@@ -9,6 +9,11 @@ from .ahead import (
 )
 from .artefact import Artefact as Artefact, compile_picture as compile_picture
 from .count import Cost as Cost, count as count
-from .estimate import Choice as Choice, Plan as Plan, make_plan as make_plan
+from .estimate import (
+    Choice as Choice,
+    Plan as Plan,
+    make_plan as make_plan,
+    spell_mesh as spell_mesh,
+)
 from .shapes import Program as Program, Skeletons as Skeletons, make_programs as make_programs
 from .targets import TARGETS as TARGETS, Target as Target, find_target as find_target

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .._errors import SettingError
 from ..models import GuidedSettings, TiledSettings, declarations
-from .estimate import Choice, Plan, make_plan, spell
+from .estimate import Choice, Plan, make_plan, spell_mesh
 from .shapes import Skeletons
 from .targets import Target, enlarged
 
@@ -42,7 +42,7 @@ def advise(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -
     everything = tuple(toggles)
     for mesh in meshes[1:]:
         for chosen in ((), everything):
-            words = f"`mesh` {spell(mesh)}"
+            words = f"`mesh` {spell_mesh(mesh)}"
             batch_size = None if choice.batch_size in (None, 1) else choice.batch_size
             other = dataclasses.replace(choice, mesh=mesh, batch_size=batch_size)
             if found := _try(skeletons, target, other, chosen, narrowed, words):
@@ -50,7 +50,7 @@ def advise(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -
     for devices in (n for n in (2, 4, 8, 16) if n > target.devices and target.name != "cpu"):
         more = enlarged(target, devices)
         for mesh in _meshes(devices):
-            words = f"`target` {more.name} with `mesh` {spell(mesh)}"
+            words = f"`target` {more.name} with `mesh` {spell_mesh(mesh)}"
             other = dataclasses.replace(choice, mesh=mesh, batch_size=None)
             for chosen in ((), everything):
                 if found := _try(skeletons, more, other, chosen, narrowed, words):
@@ -75,16 +75,24 @@ def _size(plan: Plan, settings: Mapping[str, Any]) -> tuple[int, int]:
 
 def _toggles(plan: Plan, narrowed: Narrowed | None) -> Iterator[Change]:
     choice, settings = plan.choice, plan.settings
-    if choice.keep == "device":
+    if choice.keep == "device" and not choice.train:
         yield Change("`release` text", dataclasses.replace(choice, keep="nowhere"))
     tiles = isinstance(settings, TiledSettings) and not settings.vae_tiling
-    if tiles and plan.program("decode").temporary > plan.program("step").temporary:
+    if (
+        tiles
+        and not choice.train
+        and plan.program("decode").temporary > plan.program("step").temporary
+    ):
         yield _set(choice, "vae_tiling")
     if narrowed is not None and any("float32" in one.dtype for one in plan.components):
         yield Change("`dtype` bfloat16", choice, "bfloat16")
     guided = isinstance(settings, GuidedSettings) and not settings.sequential_guidance
     scale = next((n for n in ("guidance", "cfg") if n in declarations(type(settings))), "")
-    if guided and (getattr(settings, "cfg", None) or getattr(settings, scale, None) or 0) > 1:
+    if (
+        guided
+        and not choice.train
+        and (getattr(settings, "cfg", None) or getattr(settings, scale, None) or 0) > 1
+    ):
         yield _set(choice, "sequential_guidance")
 
 

@@ -18,7 +18,7 @@ from ..pipeline import Blueprint, Job, open_model
 from ..sharding import BATCH_AXES, parameter_sharding
 from .advise import advise, auto_mesh, require
 from .compiler import Compiled, compile_program, has_compiler, topology_mesh
-from .estimate import AXES, Choice, Keep, Plan, make_plan, spell
+from .estimate import AXES, Choice, Keep, Plan, make_plan, spell_mesh
 from .shapes import Skeletons, make_job, make_programs
 from .targets import Target, find_target
 
@@ -52,7 +52,7 @@ class Wish:
     formula: bool = False
 
 
-def look_ahead(wish: Wish, note: Callable[[str], None] = str) -> tuple[Plan, str | None]:
+def look_ahead(wish: Wish, note: Callable[[str], None] | None = None) -> tuple[Plan, str | None]:
     """Plans what is asked for. It reads configs and headers at most.
 
     **Arguments:**
@@ -75,13 +75,15 @@ def look_ahead(wish: Wish, note: Callable[[str], None] = str) -> tuple[Plan, str
         return Skeletons.of(blueprint)
 
     own = skeletons(wish.dtype)
-    choice = Choice(wish.settings, wish.batch_size, {}, wish.keep)
+    training = wish.train is not None
+    choice = Choice(wish.settings, wish.batch_size, {}, wish.keep, training)
     if wish.mesh is not None and wish.mesh.strip() == "auto":
         plan = auto_mesh(own, target, choice, narrowed=skeletons)
     else:
         mesh = {} if wish.mesh is None else mesh_sizes(wish.mesh, target.devices)
         plan = make_plan(own, target, dataclasses.replace(choice, mesh=mesh))
-    if target.topology is not None and not wish.formula and has_compiler():
+    asks = target.topology is not None and not training and not wish.formula
+    if asks and has_compiler():
         plan = ask_compiler(plan, own, target, note)
     return plan, None if plan.fits else advise(plan, own, skeletons)
 
@@ -107,7 +109,7 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
 
 
 def ask_compiler(
-    plan: Plan, skeletons: Skeletons, target: Target, note: Callable[[str], None] = str
+    plan: Plan, skeletons: Skeletons, target: Target, note: Callable[[str], None] | None = None
 ) -> Plan:
     """Returns the plan with the memory of its programs as the compiler for TPUs says."""
     wanted = [one.name for one in plan.programs if one.flops]
@@ -121,7 +123,7 @@ def measure(
     target: Target,
     choice: Choice,
     wanted: Sequence[str],
-    note: Callable[[str], None] = str,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Compiled]:
     """Compiles programs for a TPU target, and returns what the compiler says of each."""
     assert target.topology is not None
@@ -137,7 +139,8 @@ def measure(
     for program in make_programs(there, job, choice.pictures)[0]:
         if program.name not in wanted:
             continue
-        note(f"compiling {program.name} for {target.name}, which may take minutes")
+        if note is not None:
+            note(f"compiling {program.name} for {target.name}, which may take minutes")
         weights = {
             name: _placed(module, blueprint.components[name].rules, mesh)
             for name, module in program.weights.items()
@@ -196,10 +199,10 @@ def describe(plan: Plan, advice: str | None) -> dict[str, Any]:
         "target": plan.target.name,
         "chip": chip.summary,
         "devices": plan.target.devices,
-        "mesh": spell(plan.choice.mesh),
+        "mesh": spell_mesh(plan.choice.mesh),
         "batch_size": plan.choice.pictures,
         "work": f"{plan.choice.pictures} of {settings.width}x{settings.height}, "
-        f"{settings.steps} steps",
+        + ("one step of a LoRA of rank 16" if plan.choice.train else f"{settings.steps} steps"),
         "components": [
             {
                 "name": one.name,

@@ -96,14 +96,14 @@ def export_program(program: Program, platform: str) -> bytes:
 
 def wrap(array: Any, dtype: Any) -> Any:
     """Makes a random key of its words; other arrays stay as they are."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(array, impl="threefry2x32")
     return array
 
 
 def unwrap(leaf: Any) -> Any:
     """Returns the words of a random key, and other arrays as they are."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf
 
@@ -210,7 +210,8 @@ class Artefact:
                     )
                 if own[name] != value:
                     raise SettingError(
-                        f"{self.name} is for `{name}` {own[name]}, not {value}: compile it again."
+                        f"{self.name} is for {name.replace('_', ' ')} {own[name]}, not {value}: "
+                        "compile it again."
                     )
         for stage, wanted in own["weights"].items():
             names = blueprint.names(stage)
@@ -297,7 +298,7 @@ def rebuild(description: Any, leaves: Any, package: str) -> PyTree:
     module, name = description["class"]
     kind = getattr(sys.modules.get(module), name, None)
     known = module.split(".")[0] == package and isinstance(kind, type)
-    if not known or not issubclass(kind, eqx.Module):
+    if kind is None or not known or not issubclass(kind, eqx.Module):
         raise SettingError(f"The compiled programs name a class {name} that is not known here.")
     fields = {key: rebuild(one, leaves, package) for key, one in description["fields"].items()}
     return kind(**fields)

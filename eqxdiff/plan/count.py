@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 Axes = tuple[str | None, ...]
@@ -116,7 +115,7 @@ def _nbytes(aval: Any) -> int:
 def _walk(jaxpr: Any, env: dict[Any, _Name], axes: dict[_Name, Axes], on_cpu: bool) -> Cost:
     lines: list[_Line] = []
     outs = _inline(jaxpr, env, lines, on_cpu)
-    flops: Counter[str] = Counter()
+    flops: dict[str, float] = {}
     split = traffic = reduced = passed = 0.0
     inner: dict[int, int] = {}
     for number, line in enumerate(lines):
@@ -124,13 +123,13 @@ def _walk(jaxpr: Any, env: dict[Any, _Name], axes: dict[_Name, Axes], on_cpu: bo
         if cost is None:
             continue
         for dtype, amount in cost.flops.items():
-            flops[dtype] += length * amount
+            flops[dtype] = flops.get(dtype, 0.0) + length * amount
         split, reduced = split + length * cost.split, reduced + length * cost.reduced
         traffic, passed = traffic + length * cost.traffic, passed + length * cost.passed
         inner[number] = cost.temporary
     given = set(env.values())
     temporary, moved = _memory(lines, given, set(outs), inner, on_cpu)
-    return Cost(dict(flops), split, traffic + moved, temporary, reduced, passed)
+    return Cost(flops, split, traffic + moved, temporary, reduced, passed)
 
 
 def _inline(jaxpr: Any, env: dict[Any, _Name], lines: list[_Line], on_cpu: bool) -> list[_Name]:
@@ -346,8 +345,3 @@ def _memory(
         for one in (*dying, *(one for one in made if one not in last and one not in ends)):
             live -= alive.pop(one, 0)
     return int(peak), moved
-
-
-def total(costs: Sequence[tuple[Cost, int]]) -> float:
-    """Returns all operations of programs that run so many times."""
-    return float(np.sum([cost.operations * calls for cost, calls in costs]))

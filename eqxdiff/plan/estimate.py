@@ -16,6 +16,7 @@ from ..sharding import BATCH_AXES, logical_axes, parameter_sharding
 from .count import Cost, count
 from .shapes import Program, Skeletons, make_job, make_programs, nbytes
 from .targets import Target
+from .training import training_program
 
 
 Keep = Literal["device", "host", "nowhere"]
@@ -34,12 +35,14 @@ class Choice:
     - `batch_size`: pictures at once on all devices; `None` is one for each part of a batch.
     - `mesh`: axis -> its size.
     - `keep`: where the text encoders are while pictures are sampled.
+    - `train`: whether a LoRA is trained in place of making pictures.
     """
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int | None = None
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     keep: Keep = "device"
+    train: bool = False
 
     def size(self, axis: str) -> int:
         """Returns the size of an axis of the mesh."""
@@ -61,20 +64,20 @@ class Choice:
         devices = math.prod(self.mesh.values())
         if devices > target.devices:
             raise SettingError(
-                f"`mesh` {spell(self.mesh)} has {devices} devices and {target.name} has "
+                f"`mesh` {spell_mesh(self.mesh)} has {devices} devices and {target.name} has "
                 f"{target.devices}."
             )
         if self.pictures % self.parts:
             axes = " and ".join(axis for axis in BATCH_AXES if self.size(axis) > 1)
             fits = [str(n) for n in range(1, self.pictures + 1) if self.pictures % n == 0]
             raise SettingError(
-                f"`mesh` {spell(self.mesh)} splits a batch over {axes} into {self.parts} parts, "
-                f"which does not divide `batch_size` {self.pictures}: sizes that do are "
+                f"`mesh` {spell_mesh(self.mesh)} splits a batch over {axes} into {self.parts} "
+                f"parts, which does not divide `batch_size` {self.pictures}: sizes that do are "
                 f"{', '.join(fits)}; or give a multiple of {self.parts} pictures."
             )
 
 
-def spell(mesh: Mapping[str, int]) -> str:
+def spell_mesh(mesh: Mapping[str, int]) -> str:
     """Spells a mesh as the command line does."""
     return ",".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) or "data=1"
 
@@ -150,12 +153,20 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def _programs(
-    skeletons: Skeletons, settings: tuple[tuple[str, Any], ...], batch_size: int, on_cpu: bool
+    skeletons: Skeletons,
+    settings: tuple[tuple[str, Any], ...],
+    batch_size: int,
+    on_cpu: bool,
+    train: bool,
 ) -> tuple[Any, tuple[tuple[Program, Cost], ...]]:
     """Returns the settings, and the programs with their costs on one device."""
     job = make_job(skeletons.blueprint, dict(settings))
     found = []
-    for program in make_programs(skeletons, job, batch_size)[0]:
+    if train:
+        programs = [training_program(skeletons, job, batch_size)]
+    else:
+        programs, _ = make_programs(skeletons, job, batch_size)
+    for program in programs:
         axes = [
             logical_axes(path, leaf.ndim, skeletons.blueprint.components[name].rules)
             for name in sorted(program.weights)  # as JAX orders a dictionary
@@ -184,7 +195,9 @@ def make_plan(
     blueprint = skeletons.blueprint
     key = tuple(sorted(choice.settings.items()))
     on_cpu = target.chip.topology is None and target.name == "cpu"
-    settings, programs = _programs(skeletons, key, choice.pictures // choice.parts, on_cpu)
+    settings, programs = _programs(
+        skeletons, key, choice.pictures // choice.parts, on_cpu, choice.train
+    )
     components = tuple(
         _component(name, skeletons.modules[name], component, choice)
         for name, component in blueprint.components.items()
@@ -200,7 +213,9 @@ def make_plan(
             inputs = arguments - held[program.stage]
         needs.append(needed)
         resident = held["text"] if program.stage == "text" else sum(held.values())
-        if choice.keep != "device" and program.stage != "text":
+        if choice.train:
+            resident = held["denoiser"]
+        elif choice.keep != "device" and program.stage != "text":
             on_host = target.name == "cpu" and choice.keep == "host"
             resident -= 0 if on_host else held["text"]
         peak = max(peak, resident + max(inputs, 0) + needed.temporary)
