@@ -20,21 +20,22 @@ from eqxdiff.plan.ahead import measure
 
 RESULTS = Path(__file__).parent / "results" / "plan_against_compiler.json"
 
+SMALL = {"width": 256, "height": 256}
 CASES = {
     "flux-dev text, v6e-1": ("flux-dev", "encode", "v6e-1", {}, {}),
-    "flux-dev step, v6e-1": ("flux-dev", "step", "v6e-1", {}, {}),
-    "flux-dev step, v6e-4 fsdp=4": ("flux-dev", "step", "v6e-4", {"fsdp": 4}, {}),
-    "flux-dev step, v6e-4 tensor=4": ("flux-dev", "step", "v6e-4", {"tensor": 4}, {}),
-    "flux-schnell step at 512, v5p-8 tensor=4": (
+    "flux-dev text, v6e-4 fsdp=4": ("flux-dev", "encode", "v6e-4", {"fsdp": 4}, {}),
+    "sdxl text, v5e-1": ("sdxl", "encode", "v5e-1", {}, {}),
+    "flux-dev step at 1024, v6e-1": ("flux-dev", "step", "v6e-1", {}, {}),
+    "flux-dev step at 256, v6e-4 fsdp=4": ("flux-dev", "step", "v6e-4", {"fsdp": 4}, SMALL),
+    "flux-dev step at 256, v6e-4 tensor=4": ("flux-dev", "step", "v6e-4", {"tensor": 4}, SMALL),
+    "flux-schnell step at 256, v5p-8 tensor=4": (
         "flux-schnell",
         "step",
         "v5p-8",
         {"tensor": 4},
-        {"width": 512, "height": 512},
+        SMALL,
     ),
-    "sd21-base text, v5e-1": ("sd21-base", "encode", "v5e-1", {}, {}),
-    "sd21-base step, v5e-1": ("sd21-base", "step", "v5e-1", {}, {}),
-    "sdxl step, v6e-1": ("sdxl", "step", "v6e-1", {}, {}),
+    "sd21-base step at 256, v5e-1": ("sd21-base", "step", "v5e-1", {}, SMALL),
 }
 """The model, its program, the target, the mesh and the settings."""
 
