@@ -43,7 +43,7 @@ from eqxdiff.plan import (
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
 from .control import ControlOption, OpenedControls, open_controls
-from .mesh import batch_size_for, parse_blocks, parse_mesh
+from .mesh import batch_size_for, mesh_of, parse_blocks
 from .order import Order
 from .output import picture_paths, reserved, write_whole
 from .progress import AbstractReport, libraries_tell
@@ -193,7 +193,7 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
         compute_dtype=order.compute_dtype,
         attention=order.attention,
         attention_blocks=parse_blocks(order.attention_blocks),
-        mesh=parse_mesh(mesh),
+        mesh=mesh_of(mesh),
     )
 
 

@@ -219,8 +219,9 @@ class Order:
         str | None,
         _option(
             "Memory",
-            help="Spread the work over devices along the axes data, fsdp and tensor, as in "
-            "data=4,fsdp=2; auto takes the fastest that fits.",
+            help="Spread the work over devices along the axes cfg, data, fsdp, context and tensor, "
+            "as in data=4,fsdp=2. -1 stands for the devices that remain, and auto for the fastest "
+            "mesh that fits.",
             metavar="AXES",
             default="one device",
         ),

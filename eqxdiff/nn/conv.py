@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
+from ..sharding import constrain
 
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -26,7 +27,8 @@ class AbstractConv2d(eqx.Module):
 class Conv2d(AbstractConv2d):
     """A two-dimensional convolution of one channels-last image; the weight is PyTorch's OIHW.
 
-    The input decides the precision, as in `Linear`. The layer computes a 1x1 convolution of
+    On a mesh each device computes with the whole weight, on its part of the image or batch. The
+    input decides the precision, as in `Linear`. The layer computes a 1x1 convolution of
     stride 1 as a matrix product, which is faster on every backend.
     """
 
@@ -63,7 +65,7 @@ class Conv2d(AbstractConv2d):
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
         wide = at_least_float32(x.dtype)
-        weight = self.weight.astype(x.dtype)
+        weight = constrain(self.weight, None, None, None, None).astype(x.dtype)
         if weight.shape[2:] == (1, 1) and self.stride == 1 and self.padding == 0:
             contract = (((2,), (1,)), ((), ()))
             y = jax.lax.dot_general(x, weight[:, :, 0, 0], contract, preferred_element_type=wide)

@@ -17,7 +17,7 @@ from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
 from ..models import AbstractModel, Component, Family, Settings, own_names
-from ..sharding import parameter_sharding
+from ..sharding import on_mesh, parameter_sharding
 from ..tensors import AbstractTensorSource
 from ..text import Tokenizer
 
@@ -80,11 +80,12 @@ class Blueprint:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[dict[str, str]]:
-        """Puts the precision and the attention of the model in place for what is traced within.
+        """Puts precision, attention and mesh of the model in place for what is traced within.
 
         **Yields:** a dictionary that is filled meanwhile: the backend of each shape of attention.
         """
-        with float32_products(self.compute_dtype), attending(self.attention) as used:
+        precision, devices = float32_products(self.compute_dtype), on_mesh(self.mesh)
+        with precision, devices, attending(self.attention) as used:
             yield used
 
     @property

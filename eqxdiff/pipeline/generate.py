@@ -13,12 +13,13 @@ from .._errors import EqxdiffError, SettingError
 from ..models import Modules, check_range, tiles
 from ..pictures import Pictured
 from ..sampling import Hook
+from ..sharding import check_batch, check_picture
 from .batch import Example, Job, batches, cuts, make_jobs, seed_key, stack_examples, to_bytes
 from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import check_divides, steps
+from .sample import steps
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -164,9 +165,11 @@ def generate_each(
     stages = stages_of(source)
     blueprint = stages.blueprint
     check_range("batch_size", batch_size, 1)
-    if blueprint.mesh is not None:
-        check_divides(blueprint.mesh, batch_size)
+    check_batch(blueprint.mesh, batch_size)
     groups = batches(make_jobs(blueprint, requests), batch_size)
+    for group in groups:
+        recipe = group[0].recipe
+        check_picture(blueprint.mesh, recipe.shape[0], recipe.guider.roles)
     total = sum(group[0].recipe.schedule.steps for group in groups)
     report = progress or (lambda what, done, total: None)
     texts = _encoded(stages, groups, report)

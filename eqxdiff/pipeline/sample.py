@@ -1,6 +1,5 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from .._errors import SettingError
 from ..models import Modules
 from ..sampling import Hook, Row, State, begin, sample, step
 from ..sampling.sample import Remat
@@ -183,12 +181,3 @@ def decode_batch(
 def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Maps over a batch that is split over the mesh; without the names XLA would gather it."""
     return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
-
-
-def check_divides(mesh: Mesh, batch_size: int) -> None:
-    """**Raises:** `SettingError` where a batch cannot be split over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
-        raise SettingError(
-            f"`batch_size` {batch_size} cannot be split over {ways} devices: use a multiple."
-        )

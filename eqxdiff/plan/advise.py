@@ -1,5 +1,6 @@
 """The nearest way to make a picture that fits, and the mesh for `--mesh auto`."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -133,6 +134,8 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
     if devices == 1:
         return
     yield {"data": devices}
+    if devices % 2 == 0:
+        yield {"cfg": 2, "data": devices // 2}
     for parts in (n for n in range(2, devices + 1) if devices % n == 0):
         rest = {"data": devices // parts} if parts < devices else {}
         yield {**rest, "fsdp": parts}
@@ -151,8 +154,10 @@ def auto_mesh(
     plans = []
     for mesh in _meshes(target.devices) if target.devices > 1 else [{}]:
         own = dataclasses.replace(choice, mesh=mesh)
-        if own.pictures % own.parts == 0:
+        with contextlib.suppress(SettingError):  # the mesh does not divide these pictures
             plans.append(make_plan(skeletons, target, own))
+    if not plans:
+        raise SettingError(f"No mesh of {target.devices} devices divides these pictures.")
     fits = [plan for plan in plans if plan.fits]
     if not fits:
         require(min(plans, key=lambda plan: plan.peak), skeletons, narrowed)

@@ -15,10 +15,10 @@ from .._errors import SettingError
 from ..checkpoint.load import dotted
 from ..kernels import choose_attention
 from ..pipeline import Blueprint, Job, open_model
-from ..sharding import BATCH_AXES, parameter_sharding
+from ..sharding import AXES, BATCH_AXES, parameter_sharding
 from .advise import advise, auto_mesh, require
 from .compiler import Compiled, compile_program, has_compiler, topology_mesh
-from .estimate import AXES, Choice, Keep, Plan, make_plan, spell_mesh
+from .estimate import Choice, Keep, Plan, make_plan, spell_mesh
 from .shapes import Skeletons, make_job, make_programs
 from .targets import Target, find_target
 

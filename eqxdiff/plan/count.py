@@ -20,12 +20,8 @@ import jax
 
 Axes = tuple[str | None, ...]
 
-CALLS = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat"), "jaxpr"),
-    **dict.fromkeys(("custom_jvp_call", "core_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-"""The operations that call a function, and the parameter that holds it."""
+LOOPS = {"scan", "while", "cond", "shard_map", "pallas_call"}
+"""The operations with functions that are looked into on their own."""
 
 ON_CHIP = 16 * 2**20
 """Arrays of up to so many bytes are taken to stay in the caches of the chip."""
@@ -150,12 +146,12 @@ def _inline(jaxpr: Any, env: dict[Any, _Name], lines: list[_Line], on_cpu: bool)
         if name == "convert_element_type" and not hasattr(eqn.invars[0], "val"):
             if eqn.invars[0] in platforms:
                 platforms[eqn.outvars[0]] = platforms[eqn.invars[0]]
-        key = CALLS.get(name)
-        if chosen is not None or (key is not None and key in eqn.params):
+        called = None if name in LOOPS else _called(eqn)
+        if chosen is not None or called is not None:
             if chosen is not None:
                 sub, ins = eqn.params["branches"][chosen], ins[1:]
             else:
-                sub = eqn.params[key]
+                sub = called
             sub = getattr(sub, "jaxpr", sub)
             inside = dict(zip(sub.invars, ins, strict=True))
             inside |= {var: _Name(var.aval) for var in sub.constvars}
@@ -166,6 +162,15 @@ def _inline(jaxpr: Any, env: dict[Any, _Name], lines: list[_Line], on_cpu: bool)
         env.update(zip(eqn.outvars, made, strict=True))
         lines.append(_Line(eqn.primitive.name, tuple(ins), tuple(made), eqn.params))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(eqn: Any) -> Any:
+    """Returns the function that an operation such as a call of a jitted function calls."""
+    for value in eqn.params.values():
+        inside = getattr(value, "jaxpr", value)
+        if hasattr(inside, "eqns") and len(inside.invars) == len(eqn.invars):
+            return inside
+    return None
 
 
 def _line_cost(line: _Line, axes: dict[_Name, Axes], on_cpu: bool) -> tuple[Cost | None, int]:

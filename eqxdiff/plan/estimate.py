@@ -1,5 +1,6 @@
 """What a picture needs on each device of a machine: memory, operations, bytes and time."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -7,12 +8,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from .._errors import SettingError
 from ..checkpoint import leaf_paths
 from ..models import Component, check_range
-from ..sharding import BATCH_AXES, logical_axes, parameter_sharding
+from ..sharding import (
+    AXES,
+    BATCH_AXES,
+    check_picture,
+    check_weights,
+    logical_axes,
+    parameter_sharding,
+)
 from .count import Cost, count
 from .shapes import Program, Skeletons, make_job, make_programs, nbytes
 from .targets import Target
@@ -20,9 +28,6 @@ from .training import training_program
 
 
 Keep = Literal["device", "host", "nowhere"]
-
-AXES = ("cfg", "data", "fsdp", "context", "tensor")
-"""The axes of a mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +163,9 @@ def _programs(
     batch_size: int,
     on_cpu: bool,
     train: bool,
+    context: int,
 ) -> tuple[Any, tuple[tuple[Program, Cost], ...]]:
-    """Returns the settings, and the programs with their costs on one device."""
+    """Returns the job, and the programs with their costs on one device."""
     job = make_job(skeletons.blueprint, dict(settings))
     found = []
     if train:
@@ -172,9 +178,14 @@ def _programs(
             for name in sorted(program.weights)  # as JAX orders a dictionary
             for path, leaf in leaf_paths(program.weights[name]).items()
         ]
-        cost = count(program.function, program.weights, *program.inputs, axes=axes, on_cpu=on_cpu)
+        split = contextlib.nullcontext()
+        if context > 1 and program.stage != "text":
+            split = jax.sharding.use_abstract_mesh(_abstract_mesh({"context": context}))
+        with split:
+            arguments = program.weights, *program.inputs
+            cost = count(program.function, *arguments, axes=axes, on_cpu=on_cpu)
         found.append((program, cost))
-    return job.settings, tuple(found)
+    return job, tuple(found)
 
 
 def make_plan(
@@ -195,9 +206,15 @@ def make_plan(
     blueprint = skeletons.blueprint
     key = tuple(sorted(choice.settings.items()))
     on_cpu = target.chip.topology is None and target.name == "cpu"
-    settings, programs = _programs(
-        skeletons, key, choice.pictures // choice.parts, on_cpu, choice.train
-    )
+    share, context = choice.pictures // choice.parts, choice.size("context")
+    job, programs = _programs(skeletons, key, share, on_cpu, choice.train, context)
+    mesh: Any = _abstract_mesh(choice.mesh)
+    check_picture(mesh, job.recipe.shape[0], job.recipe.guider.roles)
+    for name, component in blueprint.components.items():
+        if component.stage == "denoiser":
+            leaves = leaf_paths(skeletons.modules[name]).items()
+            shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+            check_weights(name, shapes, component.rules, mesh)
     components = tuple(
         _component(name, skeletons.modules[name], component, choice)
         for name, component in blueprint.components.items()
@@ -223,7 +240,7 @@ def make_plan(
         blueprint.name,
         target,
         choice,
-        settings,
+        job.settings,
         components,
         tuple(needs),
         int(peak + target.chip.overhead),
@@ -236,7 +253,8 @@ STAGES = ("text", "denoiser", "vae")
 
 
 def _abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    shape, types = tuple(sizes.get(axis, 1) for axis in AXES), (AxisType.Auto,) * len(AXES)
+    return AbstractMesh(shape, AXES, axis_types=types)
 
 
 def _shares(

@@ -4,12 +4,11 @@ Source: https://github.com/black-forest-labs/flux/blob/802fb47/src/flux/modules/
 names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from ..._dtypes import at_least_float32
@@ -25,6 +24,7 @@ from ...nn import (
     silu,
     sinusoid,
 )
+from ...sharding import join_streams, split_streams
 from .config import TransformerConfig
 
 
@@ -32,6 +32,7 @@ EPS = 1e-6
 SINUSOID_DIM = 256
 
 Heads = Float[Array, "tokens heads head_dim"]
+Blocks = TypeVar("Blocks", bound=eqx.Module)
 
 
 class Modulation(eqx.Module):
@@ -45,6 +46,26 @@ class Modulation(eqx.Module):
 
     def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
         return self.linear(silu(vec)).reshape(-1, vec.shape[0])
+
+
+class Modulated(eqx.Module):
+    """The output of a `Modulation`, in its place."""
+
+    parts: Float[Array, "count dim"]
+
+    def __call__(self, vec: Float[Array, " dim"]) -> Float[Array, "count dim"]:
+        return self.parts
+
+
+def modulate_ahead(blocks: Blocks, names: Sequence[str], vec: Float[Array, " dim"]) -> Blocks:
+    """Computes the modulations `names` of all stacked blocks, and puts them in their places.
+
+    Weights that are split over devices then cost one small sum of results for all blocks, and not
+    one within each.
+    """
+    where = lambda blocks: tuple(getattr(blocks, name) for name in names)
+    each = eqx.filter_vmap(lambda norm: Modulated(norm(vec)))
+    return eqx.tree_at(where, blocks, tuple(map(each, where(blocks))))
 
 
 def modulate(
@@ -110,8 +131,8 @@ class JointAttention(eqx.Module):
         img_qkv = split_heads(img, *to_qkv, *norms, self.heads)
         to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
         txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
-        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt, img = jnp.split(attend(q, k, v, pe), [txt.shape[0]])
+        q, k, v = (join_streams(*pair) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt, img = split_streams(attend(q, k, v, pe), txt.shape[0])
         return self.to_out(img), self.to_add_out(txt)
 
 

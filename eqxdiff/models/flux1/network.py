@@ -24,8 +24,16 @@ from ...nn import (
     rope,
     stack,
 )
+from ...sharding import constrain, join_streams, split_streams
 from .config import TransformerConfig
-from .layers import JointAttention, Modulation, SelfAttention, TimeTextEmbedding, modulate
+from .layers import (
+    JointAttention,
+    Modulation,
+    SelfAttention,
+    TimeTextEmbedding,
+    modulate,
+    modulate_ahead,
+)
 
 
 THETA = 10000.0
@@ -182,18 +190,23 @@ class Transformer(eqx.Module):
 
         `keep` is that of `nn.fold`: by default the whole output of the block.
         """
-        img = self.x_embedder(img)
-        txt = self.context_embedder(txt)
+        tokens, remat = txt.shape[0], self.remat
+        spread = lambda x: constrain(x, "tokens", None)
+        img = spread(self.x_embedder(img))
+        txt = spread(self.context_embedder(txt))
         vec = self.time_text_embed(timestep, guidance, pooled)
         pe = rope(positions, self.axes_dims_rope, theta=THETA)
+        pe = join_streams(pe[:tokens], pe[tokens:])
 
-        double = lambda block, streams: block(*streams, vec, pe)
-        blocks, remat = self.transformer_blocks, self.remat
+        double = lambda block, streams: tuple(map(spread, block(*streams, vec, pe)))
+        blocks = modulate_ahead(self.transformer_blocks, ("norm1", "norm1_context"), vec)
         (img, txt), doubles = fold(blocks, (img, txt), double, remat=remat, keep=keep)
-        x = jnp.concatenate([txt, img])
-        single = lambda block, x: block(x, vec, pe)
-        x, singles = fold(self.single_transformer_blocks, x, single, remat=remat, keep=keep)
+        x = join_streams(txt, img)
+        single = lambda block, x: spread(block(x, vec, pe))
+        blocks = modulate_ahead(self.single_transformer_blocks, ("norm",), vec)
+        in_order = lambda x: keep(jnp.concatenate(split_streams(x, tokens)))
+        x, singles = fold(blocks, x, single, remat=remat, keep=in_order)
 
         scale, shift = self.norm_out(vec)
-        velocity = self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
+        velocity = self.proj_out(modulate(split_streams(x, tokens)[1], shift, scale))
         return velocity, BlockOutputs(doubles, singles)

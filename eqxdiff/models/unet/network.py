@@ -22,6 +22,7 @@ from ...nn import (
     silu,
     sinusoid,
 )
+from ...sharding import constrain
 from .blocks import DownBlock, MidBlock, UpBlock
 from .config import UNetConfig
 
@@ -214,7 +215,7 @@ class UNet(eqx.Module):
         """Does what `__call__` does, and also returns what the levels put out."""
         embedders = self.time_embedding, self.add_embedding
         temb = embed_time(self.config, *embedders, timestep, added, guidance, x.dtype)
-        skips = [self.conv_in(x)]
+        skips = [self.conv_in(constrain(x, "rows", None, None))]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context, self.remat)
         x = self.mid_block(skips[-1], temb, context, self.remat)
