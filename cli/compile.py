@@ -43,10 +43,10 @@ def command() -> Callable[..., None]:
 
     orders = set(Order.__dataclass_fields__) - KEPT
     kept = [one for one in signature().parameters.values() if one.name not in orders]
-    more = [
-        parameter(name, *typing.get_args(hint), DEFAULTS.get(name, REQUIRED))
-        for name, hint in OWN.items()
-    ]
+    more = []
+    for name, annotated in OWN.items():
+        hint, option = typing.get_args(annotated)
+        more.append(parameter(name, hint, option, DEFAULTS.get(name, REQUIRED)))
 
     def compile(*, output: Path, platform: str | None, **values: Any) -> None:
         from .job import compile_order  # which imports JAX

@@ -133,8 +133,8 @@ def measure(
     mesh = topology_mesh(one if alone else target.topology, sizes)
     attention = choose_attention(mesh=mesh, dtype=skeletons.blueprint.compute_dtype)
     blueprint = dataclasses.replace(skeletons.blueprint, mesh=mesh, attention=attention)
-    job = make_job(blueprint, choice.settings)
     there = dataclasses.replace(skeletons, blueprint=blueprint)
+    job = make_job(there, choice.settings)
     found = {}
     for program in make_programs(there, job, choice.pictures)[0]:
         if program.name not in wanted:
@@ -176,19 +176,20 @@ def refuse_what_cannot_fit(
     sizes = [blueprint.nbytes(name) for name in blueprint.components]
     if sum(sizes) + batch_size * pixels * MOST_OF_A_PIXEL < target.chip.memory / 2:
         return
-    skeletons = Skeletons.of(blueprint)
+    skeletons = Skeletons.of(blueprint, job.request)
     settings = {k: v for k, v in job.request.settings.items() if v is not None}
     choice = Choice(settings, batch_size, mesh, keep)
     plan = make_plan(skeletons, target, choice)
-    require(plan, skeletons, narrowed=lambda dtype: _narrowed(blueprint, dtype))
+    require(plan, skeletons, narrowed=lambda dtype: _narrowed(skeletons, dtype))
 
 
 MOST_OF_A_PIXEL = 16_384
 """More bytes than any program holds for a pixel of a picture."""
 
 
-def _narrowed(blueprint: Blueprint, dtype: str) -> Skeletons:
-    return Skeletons.of(dataclasses.replace(blueprint, dtype=jnp.dtype(dtype)))
+def _narrowed(skeletons: Skeletons, dtype: str) -> Skeletons:
+    blueprint = dataclasses.replace(skeletons.blueprint, dtype=jnp.dtype(dtype))
+    return Skeletons.of(blueprint, skeletons.request)
 
 
 def describe(plan: Plan, advice: str | None) -> dict[str, Any]:

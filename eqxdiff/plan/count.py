@@ -148,10 +148,9 @@ def _inline(jaxpr: Any, env: dict[Any, _Name], lines: list[_Line], on_cpu: bool)
                 platforms[eqn.outvars[0]] = platforms[eqn.invars[0]]
         called = None if name in LOOPS else _called(eqn)
         if chosen is not None or called is not None:
+            sub: Any = called
             if chosen is not None:
                 sub, ins = eqn.params["branches"][chosen], ins[1:]
-            else:
-                sub = called
             sub = getattr(sub, "jaxpr", sub)
             inside = dict(zip(sub.invars, ins, strict=True))
             inside |= {var: _Name(var.aval) for var in sub.constvars}

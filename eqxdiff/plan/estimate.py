@@ -166,7 +166,7 @@ def _programs(
     context: int,
 ) -> tuple[Any, tuple[tuple[Program, Cost], ...]]:
     """Returns the job, and the programs with their costs on one device."""
-    job = make_job(skeletons.blueprint, dict(settings))
+    job = make_job(skeletons, dict(settings))
     found = []
     if train:
         programs = [training_program(skeletons, job, batch_size)]
@@ -208,7 +208,7 @@ def make_plan(
     on_cpu = target.chip.topology is None and target.name == "cpu"
     share, context = choice.pictures // choice.parts, choice.size("context")
     job, programs = _programs(skeletons, key, share, on_cpu, choice.train, context)
-    mesh: Any = _abstract_mesh(choice.mesh)
+    mesh = _abstract_mesh(choice.mesh)
     check_picture(mesh, job.recipe.shape[0], job.recipe.guider.roles)
     for name, component in blueprint.components.items():
         if component.stage == "denoiser":
@@ -263,7 +263,7 @@ def _shares(
     """Returns the bytes of each leaf, whole and on one device."""
     mesh, shares = _abstract_mesh(sizes), {}
     for path, leaf in leaf_paths(module).items():
-        sharding = parameter_sharding(path, tuple(leaf.shape), component.rules, mesh)  # pyright: ignore
+        sharding = parameter_sharding(path, tuple(leaf.shape), component.rules, mesh)
         own = math.prod(sharding.shard_shape(tuple(leaf.shape)))
         shares[path] = leaf.size * leaf.dtype.itemsize, own * leaf.dtype.itemsize
     return shares

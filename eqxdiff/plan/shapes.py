@@ -25,15 +25,18 @@ class Skeletons:
 
     - `blueprint`: its configs; where no files are at hand, its source is empty.
     - `modules`: the shapes and dtypes of each component, as they would be loaded.
+    - `request`: a picture like those to be made, whose settings are replaced.
     """
 
     blueprint: Blueprint
     modules: Mapping[str, Any]
+    request: Request = dataclasses.field(default_factory=lambda: Request("a picture"))
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> "Skeletons":
+    def of(cls, blueprint: Blueprint, request: Request | None = None) -> "Skeletons":
         """Reads the headers of the files. **Raises:** `SourceError`, `CheckpointError`."""
-        return cls(blueprint, {name: blueprint.shapes(name) for name in blueprint.components})
+        modules = {name: blueprint.shapes(name) for name in blueprint.components}
+        return cls(blueprint, modules, request or Request("a picture"))
 
     @classmethod
     def published(cls, name: str, *, dtype: Any = None, compute_dtype: Any = None) -> "Skeletons":
@@ -157,9 +160,10 @@ def make_programs(
     return [dataclasses.replace(one, attention=used.get(one.name, {})) for one in programs], encoded
 
 
-def make_job(blueprint: Blueprint, given: Mapping[str, Any]) -> Job:
-    """Makes the job of a picture of any prompt. **Raises:** `SettingError`."""
-    return Job.make(blueprint, 0, Request.make("a picture", **given))
+def make_job(skeletons: Skeletons, given: Mapping[str, Any]) -> Job:
+    """Makes the job of a picture with these settings. **Raises:** `SettingError`."""
+    request = dataclasses.replace(skeletons.request, settings=given)
+    return Job.make(skeletons.blueprint, 0, request)
 
 
 def as_shapes(tree: PyTree) -> PyTree:
