@@ -102,10 +102,6 @@ def run(order: Order, report: AbstractReport) -> None:
         noise = None if order.noise is None else read_noise(order.noise)
         h, w, c = Job.make(blueprint, 0, requests[0]).recipe.shape
         jobs = make_jobs(blueprint, share(requests, "noise", noise, (c, h, w)))
-        tell(blueprint, jobs, report)
-        if order.seed is None:
-            report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
-
         keep = "host" if order.offload else "nowhere" if order.release else "device"
         programs = None
         if order.compiled is not None:
@@ -114,6 +110,10 @@ def run(order: Order, report: AbstractReport) -> None:
             programs = artefact.programs()
         for job in jobs_of_each_form(jobs):
             refuse_what_cannot_fit(blueprint, job, batch_size, keep)
+        tell(blueprint, jobs, report)
+        if order.seed is None:
+            report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
+
         stages = Stages(blueprint, keep, progress=report.progress, clock=clock, programs=programs)
         inputs = input_record(order, pictures, controls)
         hashed = None if noise is None else digest(noise)

@@ -12,7 +12,7 @@ from .tables import table
 
 
 if TYPE_CHECKING:
-    from eqxdiff.plan import Plan
+    from eqxdiff.plan import Forecast
 
 
 def plan(
@@ -122,7 +122,7 @@ def plan(
     print(json.dumps(facts, indent=2) if as_json else spell_out(found, facts))
 
 
-def spell_out(found: "Plan", facts: dict[str, Any]) -> str:
+def spell_out(found: "Forecast", facts: dict[str, Any]) -> str:
     """Returns a plan as tables."""
     gib = lambda n: f"{n / 2**30:.2f}"
     lines = [

@@ -11,6 +11,7 @@ import pytest
 
 
 FAST = {
+    "test_artefact",
     "test_cli",
     "test_cli_errors",
     "test_embedded",

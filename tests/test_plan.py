@@ -221,7 +221,7 @@ def test_the_command_prints_a_table_and_json(cli, dev):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--target", "v7x"), "--target 'v7x' is not known. Did you mean"),
+        (("--target", "h10"), "--target 'h10' is not known. Did you mean h100? There are v5e-1"),
         (("--target", "v5p-5"), "has half a chip"),
         (("--size", "64"), "--size 64 is not understood"),
         (("--target", "v6e-4", "--mesh", "data=3,fsdp=-1"), "must be one of 1, 2, 4"),
@@ -240,7 +240,7 @@ def test_bad_input_is_told(cli, dev, words, message):
 def test_look_ahead_knows_no_file(monkeypatch):
     """Nothing is fetched: the sizes are the package's own."""
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("fetched"))
-    plan, advice = look_ahead(Wish("sd15", {"steps": 2}, target="v5e-1", formula=True))
+    plan, advice = look_ahead(Wish("flux-schnell", {"steps": 2}, target="v5p-8", formula=True))
     assert plan.fits
     assert advice is None
     assert SMALL

@@ -11,7 +11,7 @@ from .artefact import Artefact as Artefact, compile_picture as compile_picture
 from .count import Cost as Cost, count as count
 from .estimate import (
     Choice as Choice,
-    Plan as Plan,
+    Forecast as Forecast,
     make_plan as make_plan,
     spell_mesh as spell_mesh,
 )

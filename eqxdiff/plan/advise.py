@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .._errors import SettingError
 from ..models import GuidedSettings, TiledSettings, declarations
-from .estimate import Choice, Plan, make_plan, spell_mesh
+from .estimate import Choice, Forecast, make_plan, spell_mesh
 from .shapes import Skeletons
 from .targets import Target, enlarged
 
@@ -25,7 +25,7 @@ class Change(NamedTuple):
     dtype: str | None = None
 
 
-def advise(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -> str | None:
+def advise(plan: Forecast, skeletons: Skeletons, narrowed: Narrowed | None = None) -> str | None:
     """Returns in words the nearest change that fits; `None` where none of those known does.
 
     It tries, one at a time and then several together: dropping the text encoders, decoding tile by
@@ -69,12 +69,12 @@ def advise(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -
     return None
 
 
-def _size(plan: Plan, settings: Mapping[str, Any]) -> tuple[int, int]:
+def _size(plan: Forecast, settings: Mapping[str, Any]) -> tuple[int, int]:
     own = plan.settings
     return int(settings.get("height") or own.height), int(settings.get("width") or own.width)
 
 
-def _toggles(plan: Plan, narrowed: Narrowed | None) -> Iterator[Change]:
+def _toggles(plan: Forecast, narrowed: Narrowed | None) -> Iterator[Change]:
     choice, settings = plan.choice, plan.settings
     if choice.keep == "device" and not choice.train:
         yield Change("`release` text", dataclasses.replace(choice, keep="nowhere"))
@@ -146,7 +146,7 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
 
 def auto_mesh(
     skeletons: Skeletons, target: Target, choice: Choice, *, narrowed: Narrowed | None = None
-) -> Plan:
+) -> Forecast:
     """Plans with the mesh of all devices that makes pictures fastest, of those that fit.
 
     **Raises:** `SettingError` where none fits.
@@ -164,7 +164,7 @@ def auto_mesh(
     return min(fits, key=lambda plan: plan.seconds / plan.choice.pictures)
 
 
-def require(plan: Plan, skeletons: Skeletons, narrowed: Narrowed | None = None) -> None:
+def require(plan: Forecast, skeletons: Skeletons, narrowed: Narrowed | None = None) -> None:
     """**Raises:** `SettingError`, with advice, where the memory is too little."""
     if plan.fits:
         return

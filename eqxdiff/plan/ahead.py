@@ -18,7 +18,7 @@ from ..pipeline import Blueprint, Job, open_model
 from ..sharding import AXES, BATCH_AXES, parameter_sharding
 from .advise import advise, auto_mesh, require
 from .compiler import Compiled, compile_program, has_compiler, topology_mesh
-from .estimate import Choice, Keep, Plan, make_plan, spell_mesh
+from .estimate import Choice, Forecast, Keep, make_plan, spell_mesh
 from .shapes import Skeletons, make_job, make_programs
 from .targets import Target, find_target
 
@@ -52,7 +52,9 @@ class Wish:
     formula: bool = False
 
 
-def look_ahead(wish: Wish, note: Callable[[str], None] | None = None) -> tuple[Plan, str | None]:
+def look_ahead(
+    wish: Wish, note: Callable[[str], None] | None = None
+) -> tuple[Forecast, str | None]:
     """Plans what is asked for. It reads configs and headers at most.
 
     **Arguments:**
@@ -109,8 +111,8 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
 
 
 def ask_compiler(
-    plan: Plan, skeletons: Skeletons, target: Target, note: Callable[[str], None] | None = None
-) -> Plan:
+    plan: Forecast, skeletons: Skeletons, target: Target, note: Callable[[str], None] | None = None
+) -> Forecast:
     """Returns the plan with the memory of its programs as the compiler for TPUs says."""
     wanted = [one.name for one in plan.programs if one.flops]
     found = measure(skeletons, target, plan.choice, wanted, note)
@@ -192,7 +194,7 @@ def _narrowed(skeletons: Skeletons, dtype: str) -> Skeletons:
     return Skeletons.of(blueprint, skeletons.request)
 
 
-def describe(plan: Plan, advice: str | None) -> dict[str, Any]:
+def describe(plan: Forecast, advice: str | None) -> dict[str, Any]:
     """Returns a plan as JSON."""
     chip, settings = plan.target.chip, plan.settings
     return {

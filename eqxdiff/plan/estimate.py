@@ -126,7 +126,7 @@ class ProgramNeeds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Forecast:
     """What a batch of pictures needs.
 
     **Fields:**
@@ -193,7 +193,7 @@ def make_plan(
     target: Target,
     choice: Choice,
     measured: Mapping[str, tuple[int, int]] | None = None,
-) -> Plan:
+) -> Forecast:
     """Plans a batch of pictures.
 
     **Arguments:**
@@ -236,7 +236,7 @@ def make_plan(
             on_host = target.name == "cpu" and choice.keep == "host"
             resident -= 0 if on_host else held["text"]
         peak = max(peak, resident + max(inputs, 0) + needed.temporary)
-    return Plan(
+    return Forecast(
         blueprint.name,
         target,
         choice,
