@@ -169,7 +169,7 @@ def require(plan: Forecast, skeletons: Skeletons, narrowed: Narrowed | None = No
     if plan.fits:
         return
     advice = advise(plan, skeletons, narrowed)
-    name = "This machine" if plan.target.name == "cpu" else plan.target.name
+    name = "this machine" if plan.target.name == "cpu" else plan.target.name
     raise SettingError(
         f"{plan.model} needs {gib(plan.peak)} of memory on a device, and {name} has "
         f"{gib(plan.target.chip.memory)}. "
