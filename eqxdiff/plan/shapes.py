@@ -120,7 +120,14 @@ def make_programs(
 
     def example(encoded: PyTree, vae: Any) -> PyTree:
         inputs = make_inputs(
-            blueprint, vae, job.request, job.settings, job.recipe, job.pixels, jax.random.key(0)
+            blueprint,
+            vae,
+            job.request,
+            job.settings,
+            job.recipe,
+            job.pixels,
+            job.references,
+            jax.random.key(0),
         )
         return stack_examples([job.example(blueprint, encoded, inputs)], batch_size)
 
@@ -131,7 +138,9 @@ def make_programs(
         return own.begin(Loop(modules, batch, (), blueprint))
 
     def step(modules: Any, batch: PyTree, index: Any, x: Any, state: PyTree) -> PyTree:
-        *made, used["step"] = own.advance((Loop(modules, batch, (), blueprint, later.ahead), index), x, state)
+        *made, used["step"] = own.advance(
+            (Loop(modules, batch, (), blueprint, later.ahead), index), x, state
+        )
         return tuple(made)
 
     def decode(modules: Any, latents: Any) -> PyTree:
