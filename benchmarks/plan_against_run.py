@@ -22,6 +22,7 @@ from eqxdiff.checkpoint import read_table, save_module
 from eqxdiff.convert.example import randomised, write_example
 from eqxdiff.models import find_model
 from eqxdiff.plan import Wish, look_ahead
+from eqxdiff.plan.targets import CPU_LIBRARIES
 
 
 MODEL = "flux-dev"
@@ -85,7 +86,7 @@ def compare(width: int, size: int) -> dict:
         write_model(path, width)
         settings = {"steps": 2, "width": size, "height": size}
         plan, _ = look_ahead(Wish(MODEL, settings, target="cpu", weights=str(path)))
-        load = plan.target.chip.overhead + sum(one.device for one in plan.components)
+        load = CPU_LIBRARIES + sum(one.device for one in plan.components)
         facts = {}
         for name, told, real in (
             ("load", load, real_peak(path, 0)),
