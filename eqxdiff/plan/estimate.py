@@ -288,7 +288,9 @@ def _needs(
 ) -> ProgramNeeds:
     chip, stage = target.chip, program.stage
     tensor, context = choice.size("tensor"), choice.size("context")
-    ways = context if stage != "text" else 1
+    # A text is not split over `fsdp`, so that each device computes with its own part of the weights
+    # and the sums go round, which are small beside the weights.
+    ways = context if stage != "text" else choice.size("fsdp")
     if stage == "denoiser" and guided(program):
         ways *= choice.size("cfg")
     share = 1 / ways
@@ -297,7 +299,7 @@ def _needs(
     scale = share * ((1 - split) + split / tensor)
     flops = {dtype: amount * scale for dtype, amount in cost.flops.items()}
     read = gathered = held = block = 0
-    tensor_alone = {**choice.mesh, "fsdp": 1}
+    tensor_alone = choice.mesh if stage == "text" else {**choice.mesh, "fsdp": 1}
     for name, module in program.weights.items():
         component = skeletons.blueprint.components[name]
         once = _shares(module, component, tensor_alone)
@@ -306,6 +308,8 @@ def _needs(
         if not whole:  # the network is not run, and its weights are not fetched
             continue
         read += sum(device for _, device in once.values())
+        if stage == "text":
+            continue
         gathered += sum(once[path][1] - own[path][1] for path in own)
         block = max(block, _layer(module, component, once, own))
     collective = gathered + 2 * cost.reduced * share * (tensor - 1) / tensor + cost.passed

@@ -58,8 +58,11 @@ CORE = 100e9
 CPU_BANDWIDTH = 20e9
 """Bytes a second from a CPU's memory."""
 
-CPU_OVERHEAD = 0.4 * GIB
-"""What the interpreter, the libraries and the compiled programs take on a CPU."""
+CPU_LIBRARIES = 0.25 * GIB
+"""What the interpreter and the libraries take of a CPU's memory."""
+
+CPU_OVERHEAD = CPU_LIBRARIES + 0.2 * GIB
+"""The same with the compiler and its programs."""
 
 
 @dataclasses.dataclass(frozen=True)
