@@ -22,6 +22,7 @@ FAST = {
     "test_lora_kinds",
     "test_lora_loading",
     "test_lora_runtime",
+    "test_passes",
     "test_training_recipe",
     "test_training_run",
 }
