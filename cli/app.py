@@ -13,6 +13,7 @@ import typer
 
 from eqxdiff import EqxdiffError
 
+from .bulk import bulk
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
 from .helptext import documented
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command(help=HELP)(generate)
-for command in (convert, inspect, models, samplers, train, random):
+for command in (bulk, convert, inspect, models, samplers, train, random):
     app.command()(documented(command))
 app.add_typer(lora, name="lora")
 
@@ -142,4 +143,7 @@ def flagged(message: str, argv: Sequence[str]) -> str:
 
 def _fail(message: str, status: int, as_json: bool) -> int:
     tell(message, as_json)
+    if (jax := sys.modules.get("jax")) is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)  # JAX would wait for the other processes, which stop
     return status

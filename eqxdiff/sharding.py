@@ -20,6 +20,8 @@ from jaxtyping import Array, Shaped
 
 from ._errors import SettingError
 
+from .distributed import reshard
+
 
 Axes = tuple[str | None, ...]
 Rule = tuple[str, Axes]
@@ -298,4 +300,4 @@ def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Splits the leading axis of every leaf over the batch axes of the mesh."""
     if mesh is None:
         return batch
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    return reshard(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))

@@ -11,10 +11,12 @@ import pytest
 
 
 FAST = {
+    "test_bulk",
     "test_cli",
     "test_cli_errors",
     "test_embedded",
     "test_gradients",
+    "test_hosts",
     "test_lora_cli",
     "test_lora_kinds",
     "test_lora_loading",

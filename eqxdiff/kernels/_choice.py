@@ -41,7 +41,8 @@ _AUTO: Mapping[str, tuple[str, ...]] = {
 _ALIASES: Mapping[str, str] = {"dot_product": "xla", "cudnn_flash_te": "cudnn"}
 _PLATFORMS: Mapping[str, str] = {"pallas_tpu": "tpu", "cudnn": "gpu", "pallas_gpu": "gpu"}
 _DEVICES = {"tpu": "a TPU", "gpu": "a GPU"}
-_PLAIN_BYTES = 64 * 2**20
+_PLAIN_BYTES = 5 * 2**20
+"""The scores of one example that are not worth a kernel, nor blocks on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)

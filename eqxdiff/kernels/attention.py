@@ -58,8 +58,8 @@ def attention(
     - `key_length`: only so many of the first keys are visible, at least one.
     - `segments`: numbers of the queries and of the keys, where a query sees the keys of its number.
     - `scale`: `dim ** -0.5` by default.
-    - `bounded`: whether no score differs by more than 80 from `scale |q| max |k|`, which a kernel
-        may then subtract in place of the maximum.
+    - `bounded`: whether no scaled score is beyond 64 on either side, so that a kernel may leave out
+        the maximum.
     - `implementation`: this backend and no other, in place of the choice.
 
     **Raises:** `NotImplementedError` where the backend that `implementation` names cannot do this,
@@ -95,7 +95,8 @@ def _attend(
     names = choice.order(q, k) if implementation is None else (implementation,)
     for name in names:
         try:
-            out = _call(name, choice, scale, bounded)(q, k, v, bias, key_length, segments)
+            call = _call(name, choice, scale, bounded, biased=bias is not None)
+            out = call(q, k, v, bias, key_length, segments)
         except NotImplementedError:
             if name == names[-1]:
                 raise
@@ -107,7 +108,7 @@ def _attend(
 
 
 def _call(
-    name: str, choice: AttentionChoice, scale: float, bounded: bool
+    name: str, choice: AttentionChoice, scale: float, bounded: bool, *, biased: bool
 ) -> Callable[..., Float[Array, "queries heads value_dim"]]:
     """Returns the attention of one example by a backend, under any vmaps and with gradients."""
     blocks = choice.blocks
@@ -130,7 +131,7 @@ def _call(
         leading = jax.tree.map(lambda x: x[None], arrays)
         return any_batch(batched)(*leading)[0]
 
-    if backend.DIFFERENTIABLE:
+    if backend.DIFFERENTIABLE and not biased:
         return _with_own_gradient(forward, batched)
     return _with_gradient_of(natural, forward)
 

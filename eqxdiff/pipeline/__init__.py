@@ -32,7 +32,13 @@ from .request import (
     expand as expand,
     share as share,
 )
-from .sample import Step as Step, decode as decode, sample_latent as sample_latent, steps as steps
+from .sample import (
+    Step as Step,
+    check_divides as check_divides,
+    decode as decode,
+    sample_latent as sample_latent,
+    steps as steps,
+)
 from .stages import Stages as Stages
 from .texts import (
     Cut as Cut,

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, PyTree
 from PIL import Image as PILImage
 
 from .._errors import EqxdiffError, SettingError
+from ..distributed import own_rows
 from ..models import Modules, check_range, tiles
 from ..pictures import Pictured
 from ..sampling import Hook
-from ..sharding import check_batch, check_picture
+from ..sharding import BATCH_AXES, check_batch, check_picture
 from .batch import Example, Job, batches, cuts, make_jobs, seed_key, stack_examples, to_bytes
 from .blueprint import Progress
 from .inputs import make_inputs, paste_back
@@ -106,7 +107,7 @@ def generate(
     """Makes `num_images` images of each prompt.
 
     Image `k` of a prompt starts from the noise of `jax.random.key(seed + k)`: the same alone, in
-    any batch and on any mesh.
+    any batch and on any mesh. Of several processes, each gets the pictures that its devices hold.
 
     **Arguments:**
 
@@ -153,6 +154,8 @@ def generate_each(
     progress: Progress | None = None,
 ) -> Iterator[Picture]:
     """Makes a picture of each request and yields it as soon as its batch is done.
+
+    Of several processes, each yields the pictures that its own devices hold.
 
     Requests that differ in size, in the number of steps or in whether guidance is on are run by
     programs of their own; pictures then come out of order, with their `index`.
@@ -259,14 +262,18 @@ def _pictures(
     stages: AbstractStages, vae: Modules | None, group: Sequence[Job], x: Any
 ) -> list[Picture]:
     blueprint = stages.blueprint
-    arrays: list[np.ndarray | None] = [None] * len(group)
+    rows = lambda batch: own_rows(batch, blueprint.mesh, BATCH_AXES)
+    arrays: Mapping[int, np.ndarray] = {}
     if vae is not None:
         images, used = decode_batch(blueprint, vae, x, tiles(group[0].settings))
-        arrays = list(np.asarray(images))
+        arrays = rows(images)
         stages.attention |= used
-    latents = np.asarray(x.transpose(0, 3, 1, 2), np.float32)
+    latents = rows(x.transpose(0, 3, 1, 2).astype(np.float32))
     pictures = []
-    for job, array, latent in zip(group, arrays, latents, strict=False):
+    for row, job in enumerate(group):
+        if row not in latents:
+            continue  # another process has it
+        array, latent = arrays.get(row), latents[row]
         check_finite(array, latent, job.request.text)
         if array is not None:
             array = paste_back(job.request, job.pixels, array)

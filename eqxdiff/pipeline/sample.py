@@ -1,6 +1,5 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,10 +88,10 @@ def start_loop(
     x, state, conditions = _begin(loop)
     network = blueprint.model.network(modules, batch.shared, blueprint.compute_dtype)
     if isinstance(network, AbstractNetwork) and on_rows(hooks):
-        batch = dataclasses.replace(loop.batch, conditions=conditions, ahead=True)
+        batch = eqx.tree_at(lambda batch: batch.conditions, loop.batch, conditions)
         used = set(map(id, jax.tree.leaves(network.rest())))
         modules = eqx.filter(modules, jax.tree.map(lambda leaf: id(leaf) in used, modules))
-        loop = Loop(modules, batch, loop.hooks, blueprint)
+        loop = Loop(modules, batch, loop.hooks, blueprint, ahead=True)
     return Started(loop, x, state)
 
 
@@ -103,6 +102,8 @@ class Loop(eqx.Module):
     batch: Example
     hooks: tuple[Hook, ...]
     blueprint: Blueprint = eqx.field(static=True)
+    ahead: bool = eqx.field(static=True, default=False)
+    """Whether the conditions of the batch are those that the network computed ahead."""
 
     def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Maps a function of a denoiser, an example and more over the batch."""
@@ -110,7 +111,7 @@ class Loop(eqx.Module):
 
         def one(example: Example, *more: Any) -> PyTree:
             model, dtype = blueprint.model, blueprint.compute_dtype
-            denoiser = example.denoiser(model, self.modules, dtype)
+            denoiser = example.denoiser(model, self.modules, dtype, ahead=self.ahead)
             return function(denoiser, example, *more)
 
         return over_batch(one, blueprint.mesh)

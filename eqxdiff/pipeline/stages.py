@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import numpy as np
 
+from ..distributed import ParkedArray
 from ..models import Modules
 from .blueprint import Blueprint, Progress
 from .pipeline import Pipeline
@@ -136,16 +136,12 @@ class Parked:
         kept = set(map(id, jax.tree.leaves(needed)))
         goes = lambda leaf: eqx.is_array(leaf) and id(leaf) not in kept
         arrays, self._rest = eqx.partition(dict(modules), goes)
-        self._arrays = jax.tree.map(np.asarray, arrays)
-        # An array that was put nowhere in particular goes back there, or all is compiled anew.
-        self._places = jax.tree.map(lambda x: x.sharding if x.committed else None, arrays)
+        self._arrays = jax.tree.map(ParkedArray, arrays)
 
     def back(self) -> dict[str, Any]:
         """Returns the modules on the device again."""
-        arrays, structure = jax.tree.flatten(self._arrays)
-        places = structure.flatten_up_to(self._places)
-        arrays = [jax.device_put(*pair) for pair in zip(arrays, places, strict=True)]
-        return eqx.combine(jax.tree.unflatten(structure, arrays), self._rest)
+        arrays = jax.tree.map(lambda parked: parked.back(), self._arrays)
+        return eqx.combine(arrays, self._rest)
 
 
 def dtypes_of(modules: Mapping[str, Any]) -> dict[str, str]:
