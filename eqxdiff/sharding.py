@@ -19,7 +19,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Shaped
 
 from ._errors import SettingError
-
 from .distributed import reshard
 
 
