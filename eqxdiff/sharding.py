@@ -231,14 +231,17 @@ def logical_axes(path: str, ndim: int, rules: Sequence[Rule]) -> Axes:
 
 
 def parameter_sharding(
-    path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh
+    path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh | AbstractMesh
 ) -> NamedSharding:
     """The sharding of one parameter. An axis that its mesh axis does not divide stays whole."""
     return NamedSharding(mesh, _spec(shape, logical_axes(path, len(shape), rules), mesh))
 
 
 def check_weights(
-    name: str, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], mesh: Mesh
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Sequence[Rule],
+    mesh: Mesh | AbstractMesh,
 ) -> None:
     """Checks that each axis of the mesh that splits weights splits some of a network.
 
@@ -274,7 +277,7 @@ def check_batch(mesh: Mesh | None, batch_size: int) -> None:
         )
 
 
-def check_picture(mesh: Mesh | None, rows: int, roles: Sequence[str]) -> None:
+def check_picture(mesh: Mesh | AbstractMesh | None, rows: int, roles: Sequence[str]) -> None:
     """Checks that the axes `context` and `cfg` of a mesh split a picture.
 
     **Arguments:**

@@ -19,6 +19,7 @@ from .generate import (
 )
 from .open import load as load, open_model as open_model
 from .pipeline import Pipeline as Pipeline
+from .programs import Programs as Programs
 from .record import (
     chunks as chunks,
     parameters as parameters,

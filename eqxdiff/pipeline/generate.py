@@ -20,7 +20,7 @@ from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import decode_batch, start_loop
+from .sample import start_loop
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -184,7 +184,11 @@ def generate_each(
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
             report("sampling", done, total)
-            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            own, modules = stages.programs, stages.modules("denoiser")
+            started = start_loop(
+                blueprint, modules, batch, hooks, begin=own.begin, advance=own.advance
+            )
+            del modules
             stages.release("denoiser", started.loop.modules)
             if progress is None:
                 x, attention = started.finish()
@@ -209,7 +213,7 @@ def _encoded(
         if all(isinstance(job.request.prompt, Encoded) for group in groups for job in group):
             return [[_rows(job.request.prompt) for job in group] for group in groups]
         with stages.text(last=last) as modules, stages.clock("encode"):
-            encoder = TextEncoder(stages.blueprint, modules)
+            encoder = TextEncoder(stages.blueprint, modules, stages.programs.encode)
             made = [[_encode(encoder, job) for job in group] for group in groups]
             stages.attention |= encoder.attention
             return jax.block_until_ready(made)
@@ -265,7 +269,7 @@ def _pictures(
     rows = lambda batch: own_rows(batch, blueprint.mesh, BATCH_AXES)
     arrays: Mapping[int, np.ndarray] = {}
     if vae is not None:
-        images, used = decode_batch(blueprint, vae, x, tiles(group[0].settings))
+        images, used = stages.programs.decode(blueprint, vae, x, tiles(group[0].settings))
         arrays = rows(images)
         stages.attention |= used
     latents = rows(x.transpose(0, 3, 1, 2).astype(np.float32))

@@ -41,7 +41,13 @@ class Step(NamedTuple):
 
 
 def steps(
-    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+    blueprint: Blueprint,
+    modules: Modules,
+    batch: Example,
+    hooks: Sequence[Hook] = (),
+    *,
+    begin: Callable[..., Any] | None = None,
+    advance: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
     """Yields the steps of a batch: progress, previews and cancelling are the caller's `for`.
 
@@ -52,8 +58,9 @@ def steps(
     - `modules`: those of the denoiser's stage.
     - `batch`: from `stack_examples`.
     - `hooks`: shared by all pictures.
+    - `begin`, `advance`: programs in place of `begin_batch` and `step_batch`.
     """
-    yield from start_loop(blueprint, modules, batch, hooks).steps()
+    yield from start_loop(blueprint, modules, batch, hooks, begin=begin, advance=advance).steps()
 
 
 class Started(NamedTuple):
@@ -67,32 +74,37 @@ class Started(NamedTuple):
 
     x: Float[Array, "n h w c"]
     state: State
+    advance: Callable[..., Any]
+    """Makes a step: `step_batch`, or a program in its place."""
 
     def steps(self) -> Iterator[Step]:
         """Yields the steps, as `steps` does."""
-        loop, x, state = self
+        loop, x, state, advance = self
         for index in range(loop.batch.recipe.schedule.alpha.shape[-1] - 1):
-            x, x0, row, state, used = _step((loop, jnp.asarray(index)), x, state)
+            x, x0, row, state, used = advance((loop, jnp.asarray(index)), x, state)
             yield Step(index, row, x, x0, used)
 
     def finish(self) -> tuple[Float[Array, "n h w c"], Mapping[str, str]]:
         """Takes all steps in one program. Returns the last latents, and `Step.attention`."""
-        return _finish(*self)
+        if self.advance is step_batch:
+            return _finish(self.loop, self.x, self.state)
+        *_, last = self.steps()
+        return last.x, last.attention
 
 
 def start_loop(
-    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+    blueprint: Blueprint,
+    modules: Modules,
+    batch: Example,
+    hooks: Sequence[Hook] = (),
+    *,
+    begin: Callable[..., Any] | None = None,
+    advance: Callable[..., Any] | None = None,
 ) -> Started:
     """Computes all that no step changes. **Arguments:** as of `steps`."""
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
-    x, state, conditions = _begin(loop)
-    network = blueprint.model.network(modules, batch.shared, blueprint.compute_dtype)
-    if isinstance(network, AbstractNetwork) and on_rows(hooks):
-        batch = eqx.tree_at(lambda batch: batch.conditions, loop.batch, conditions)
-        used = set(map(id, jax.tree.leaves(network.rest())))
-        modules = eqx.filter(modules, jax.tree.map(lambda leaf: id(leaf) in used, modules))
-        loop = Loop(modules, batch, loop.hooks, blueprint, ahead=True)
-    return Started(loop, x, state)
+    x, state, conditions = (begin or begin_batch)(loop)
+    return Started(loop.after(conditions), x, state, advance or step_batch)
 
 
 class Loop(eqx.Module):
@@ -104,6 +116,21 @@ class Loop(eqx.Module):
     blueprint: Blueprint = eqx.field(static=True)
     ahead: bool = eqx.field(static=True, default=False)
     """Whether the conditions of the batch are those that the network computed ahead."""
+
+    def after(self, conditions: PyTree) -> "Loop":
+        """Returns the loop of the steps, after `begin_batch` has computed the conditions ahead.
+
+        It has the modules that the steps still need, where the network can say which.
+        """
+        model, dtype = self.blueprint.model, self.blueprint.compute_dtype
+        network = model.network(self.modules, self.batch.shared, dtype)
+        if not isinstance(network, AbstractNetwork) or not on_rows(self.hooks):
+            return self
+        batch = eqx.tree_at(lambda batch: batch.conditions, self.batch, conditions)
+        used = set(map(id, jax.tree.leaves(network.rest())))
+        needed = jax.tree.map(lambda leaf: id(leaf) in used, self.modules)
+        modules = eqx.filter(self.modules, needed)
+        return Loop(modules, batch, self.hooks, self.blueprint, ahead=True)
 
     def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Maps a function of a denoiser, an example and more over the batch."""
@@ -118,7 +145,10 @@ class Loop(eqx.Module):
 
 
 @eqx.filter_jit
-def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
+def begin_batch(loop: Loop) -> tuple[Array, State, PyTree]:
+    """Returns the latents of a batch before the first step, the solver's state, and the conditions
+    with all that no step changes computed ahead."""
+
     def one(denoiser, example):
         x, recipe = example.start(), example.recipe
         state = begin(denoiser, x, recipe.schedule, recipe.solver)
@@ -131,9 +161,14 @@ def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(
+def step_batch(
     fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
 ) -> tuple[Array, Array, Row, State, dict[str, str]]:
+    """Makes one step of a batch: returns `x`, `x0`, the row that it began at, the solver's state
+    and the backend of each attention.
+
+    It gives the buffers of `x` and `state` away.
+    """
     loop, index = fixed
 
     def one(denoiser, example, x, state):
