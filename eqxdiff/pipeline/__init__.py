@@ -35,7 +35,6 @@ from .request import (
 )
 from .sample import (
     Step as Step,
-    check_divides as check_divides,
     decode as decode,
     sample_latent as sample_latent,
     steps as steps,

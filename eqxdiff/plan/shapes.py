@@ -131,7 +131,9 @@ def make_programs(
         return own.begin(Loop(modules, batch, (), blueprint))
 
     def step(modules: Any, batch: PyTree, index: Any, x: Any, state: PyTree) -> PyTree:
-        *made, used["step"] = own.advance((Loop(modules, batch, (), blueprint, later.ahead), index), x, state)
+        *made, used["step"] = own.advance(
+            (Loop(modules, batch, (), blueprint, later.ahead), index), x, state
+        )
         return tuple(made)
 
     def decode(modules: Any, latents: Any) -> PyTree:
