@@ -132,7 +132,7 @@ def facts(blueprint: Blueprint, job: Job, batch_size: int) -> dict[str, Any]:
 
 def check_plain(blueprint: Blueprint, job: Job) -> None:
     """**Raises:** `SettingError` for pictures that are made from more than prompts."""
-    if job.pixels is not None or job.request.controls or not job.texts:
+    if job.encodes or job.request.controls or not job.texts:
         raise SettingError("`compiled` programs make pictures from prompts alone.")
     if blueprint.mesh is not None:
         raise SettingError("`compiled` programs run on one device: leave out `mesh`.")

@@ -120,7 +120,14 @@ def make_programs(
 
     def example(encoded: PyTree, vae: Any) -> PyTree:
         inputs = make_inputs(
-            blueprint, vae, job.request, job.settings, job.recipe, job.pixels, jax.random.key(0)
+            blueprint,
+            vae,
+            job.request,
+            job.settings,
+            job.recipe,
+            job.pixels,
+            job.references,
+            jax.random.key(0),
         )
         return stack_examples([job.example(blueprint, encoded, inputs)], batch_size)
 
