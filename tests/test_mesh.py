@@ -17,7 +17,7 @@ import eqxdiff
 from eqxdiff import ControlImage
 from eqxdiff.pipeline import initial_noise
 from eqxdiff.pipeline.batch import stack_examples
-from eqxdiff.pipeline.sample import _step, start_loop
+from eqxdiff.pipeline.sample import start_loop, step_batch
 from eqxdiff.sharding import (
     check_batch,
     check_picture,
@@ -117,7 +117,7 @@ def flux_step(folders):
         one = eqxdiff.prepare(pipe, eqxdiff.Request.make(encoded, **FLUX))
         batch = stack_examples([one] * count, count)
         started = start_loop(spread, modules, batch)
-        lowered = _step.lower((started.loop, jnp.asarray(0)), started.x, started.state)
+        lowered = step_batch.lower((started.loop, jnp.asarray(0)), started.x, started.state)
         return modules["transformer"], collectives(lowered.compile().compiled.as_text())
 
     return compile
