@@ -228,8 +228,10 @@ def counted(text, devices):
         for line in computations.get(name, ()):
             times, inner = 1, None
             if " while(" in line:
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                times = int(trips[1]) if trips else 1
+                # A scan counts up to a constant of its condition.
+                condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
+                limits = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition]))
+                times = max(map(int, limits), default=1)
                 inner = re.search(r"body=%?([\w.\-]+)", line)[1]
             elif call := re.search(
                 r" (?:call|async-start)\(.*?(?:to_apply|calls)=%?([\w.\-]+)", line
