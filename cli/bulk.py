@@ -65,7 +65,7 @@ def bulk(
     from eqxdiff.bulk import run
 
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SourceError("This needs Ray: pip install 'eqxdiff[ray]'.") from None
     given: dict[str, Any] = {}

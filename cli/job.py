@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from eqxdiff import SettingError, SourceError
@@ -30,12 +31,22 @@ from eqxdiff.pipeline import (
     run_record,
     share,
 )
+from eqxdiff.plan import (
+    Artefact,
+    Choice,
+    Skeletons,
+    auto_mesh,
+    compile_picture,
+    find_target,
+    refuse_what_cannot_fit,
+    spell_mesh,
+)
 
 from .arrays import check_suffix, digest, encode_latents, read_noise
 from .cache import Clock, CompileMeter, compile_cache
 from .control import ControlOption, OpenedControls, open_controls
 from .hosts import digest_of, joined, order_facts
-from .mesh import batch_size_for, parse_blocks, parse_mesh
+from .mesh import batch_size_for, mesh_of, parse_blocks
 from .order import Order
 from .output import picture_paths, reserved, write_whole
 from .progress import AbstractReport, libraries_tell
@@ -125,6 +136,14 @@ def run(order: Order, report: AbstractReport) -> None:
         blocks = [todo[start : start + size] for start in range(0, len(todo), size)]
         make = lambda block: [make_job(blueprint, i, requests[i], sources[i]) for i in block]
         jobs = make(blocks[0]) if blocks else []
+        keep = "host" if order.offload else "nowhere" if order.release else "device"
+        programs = None
+        if order.compiled is not None:
+            artefact = Artefact.read(order.compiled)
+            artefact.check(blueprint, jobs, batch_size)
+            programs = artefact.programs()
+        for job in jobs_of_each_form(jobs):
+            refuse_what_cannot_fit(blueprint, job, batch_size, keep)
         tell(blueprint, jobs, report)
         if order.seed is None and shard is None:
             report.note("seed", f"seed: {seeds[0]}", seed=seeds[0])
@@ -138,8 +157,7 @@ def run(order: Order, report: AbstractReport) -> None:
             }
         )
 
-        keep = "host" if order.offload else "nowhere" if order.release else "device"
-        stages = Stages(blueprint, keep, progress=report.progress, clock=clock)
+        stages = Stages(blueprint, keep, progress=report.progress, clock=clock, programs=programs)
         hashed = None if noise is None else digest(noise)
         made: list[dict[str, Any]] = []
         latents = {}
@@ -205,8 +223,26 @@ def make_job(blueprint: Blueprint, index: int, request: Request, line: PromptLin
         return Job.make(blueprint, index, request)
 
 
+def mesh_that_fits(order: Order, controlnets: Sequence[str]) -> str:
+    """Chooses the mesh of all devices that is fastest of those that fit."""
+    skeletons = Skeletons.of(open_blueprint(order, controlnets))
+    settings = {name: value for name, value in order.settings.items() if value is not None}
+    keep = "host" if order.offload else "nowhere" if order.release else "device"
+    devices = jax.device_count()
+    choice = Choice(settings, order.batch_size, {}, keep)
+    return spell_mesh(auto_mesh(skeletons, find_target(None, devices), choice).choice.mesh)
+
+
+def jobs_of_each_form(jobs: Sequence[Job]) -> list[Job]:
+    """Returns one job of each size of pictures."""
+    return list({(job.settings.height, job.settings.width): job for job in jobs}.values())
+
+
 def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
     """Opens the model that the options name, without reading its weights."""
+    mesh = order.mesh
+    if mesh is not None and mesh.strip() == "auto":
+        mesh = mesh_that_fits(dataclasses.replace(order, mesh=None), controlnets)
     return open_model(
         order.model,
         order.weights,
@@ -221,7 +257,7 @@ def open_blueprint(order: Order, controlnets: Sequence[str]) -> Blueprint:
         compute_dtype=order.compute_dtype,
         attention=order.attention,
         attention_blocks=parse_blocks(order.attention_blocks),
-        mesh=parse_mesh(order.mesh),
+        mesh=mesh_of(mesh),
     )
 
 
@@ -279,3 +315,21 @@ def pick_seeds(order: Order) -> list[int]:
     seed = secrets.randbelow(2**31) if order.seed is None else order.seed
     check_range("seed", seed, 0, end)
     return list(range(seed, seed + order.num_images))
+
+
+def compile_order(order: Order, output: Path, platform: str | None) -> None:
+    """Compiles the programs of a picture, and writes them to a file whole.
+
+    **Raises:** `EqxdiffError` for a mistake that the user can mend.
+    """
+    find_model(order.model)
+    with reserved([output], overwrite=order.overwrite):
+        compute_dtype = order.compute_dtype
+        if compute_dtype is None and platform is not None:
+            compute_dtype = "float32" if platform == "cpu" else "bfloat16"
+        blueprint = open_blueprint(dataclasses.replace(order, compute_dtype=compute_dtype), [])
+        batch_size = batch_size_for(None, order.batch_size)
+        job = Job.make(blueprint, 0, Request.make("", **order.settings))
+        data = compile_picture(blueprint, job, batch_size, platform)
+        write_whole(output, data, overwrite=order.overwrite)
+    print(output)

@@ -221,8 +221,9 @@ class Order:
         str | None,
         _option(
             "Memory",
-            help="Spread the work over devices along the axes data, fsdp and tensor, as in "
-            "data=4,fsdp=2.",
+            help="Spread the work over devices along the axes cfg, data, fsdp, context and tensor, "
+            "as in data=4,fsdp=2. -1 stands for the devices that remain, and auto for the fastest "
+            "mesh that fits.",
             metavar="AXES",
             default="one device",
         ),
@@ -280,6 +281,14 @@ class Order:
             "Processes",
             help="The number of this job of --shard-of, from 0 on.",
             default="the scheduler's",
+        ),
+    ] = None
+    compiled: Annotated[
+        Path | None,
+        _option(
+            "Memory",
+            help="Run the programs in a file of `eqxdiff compile`, without tracing any.",
+            default="none",
         ),
     ] = None
     compile_cache: Annotated[

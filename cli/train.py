@@ -68,14 +68,14 @@ def train(
 
     from .cache import compile_cache
     from .hosts import joined
-    from .mesh import parse_mesh
+    from .mesh import mesh_of
 
     progress, settings = _TrainingProgress(quiet, as_json), read_config(config)
     facts = {"the config": str(settings), "`resume`": resume, "`mesh`": mesh}
     numbers = coordinator, process_id, num_processes, start_timeout, facts
     together = joined(*numbers, mesh=mesh, as_json=as_json)
     with compile_cache(None), SIGNALS.raised(), together as hosts:
-        folder = train(settings, output, resume=resume, mesh=parse_mesh(mesh), report=progress)
+        folder = train(settings, output, resume=resume, mesh=mesh_of(mesh), report=progress)
         progress.clear()
         if hosts.index == 0:
             print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)

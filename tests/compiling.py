@@ -12,6 +12,7 @@ import pytest
 
 FAST = {
     "test_bulk",
+    "test_artefact",
     "test_cli",
     "test_cli_errors",
     "test_embedded",

@@ -208,6 +208,18 @@ def test_a_mesh_makes_the_same_picture(generate):
         assert abs(pixels(a) - pixels(b)).max() <= 1
 
 
+def test_the_attention_that_is_asked_for_runs_and_is_told(generate):
+    """On the default device and over a mesh: every shape by blocks, and the same picture."""
+    argv = ("-p", "a cat", "-s", 4, "--json", "--attention", "chunked")
+    plain = generate("-p", "a cat", "-s", 4, "--json", "-o", "plain.png")
+    small = generate(*argv, "--attention-blocks", "64,96", "-o", "small.png")
+    mesh = generate(*argv, "-o", "mesh.png", "--mesh", "tensor=4")
+    assert set(plain.json["attention"].values()) == {"xla"}
+    for run in (small, mesh):
+        assert run.json["attention"] == dict.fromkeys(plain.json["attention"], "chunked")
+        assert abs(pixels(plain.files[0]) - pixels(run.files[0])).max() <= 1
+
+
 def test_dtypes_are_as_asked(generate):
     generate("-p", "a cat", "-s", 4, "-o", "a.png")
     half = generate(

@@ -31,6 +31,7 @@ ORDER = [
     ("lora",),
     ("pipeline",),
     ("training", "bulk"),
+    ("plan",),
     ("cli",),
     ("__main__",),
 ]

@@ -55,9 +55,9 @@ def run(
     `SettingError` that names a row; the pictures of the other rows are made.
     """
     try:
-        import pyarrow
-        import pyarrow.parquet
-        import ray
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SourceError("This needs Ray: pip install 'eqxdiff[ray]'.") from None
     find_model(model)
@@ -95,7 +95,7 @@ def run(
 
 def read_table_of_prompts(path: Path) -> list[PromptLine]:
     """Reads a `.parquet` or `.jsonl` file. **Raises:** `SourceError`, `PromptError`."""
-    import pyarrow.parquet
+    import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
     try:
         if path.suffix.lower() == ".jsonl":

@@ -46,10 +46,10 @@ def attend(
         part = None if bias is None else own(bias)
         if part is not None:
             part = part[jnp.where(part.shape[0] == 1, 0, number)]
-        others = jax.tree.map(own, (key_length, segments))
-        theirs = (x[example, :, number // shared] for x in (k, v))
+        length, ids = jax.tree.map(own, (key_length, segments))
+        own_k, own_v = (x[example, :, number // shared] for x in (k, v))
         made = _attend_head(
-            q[example, :, number], *theirs, part, *others, scale, blocks or CPU_BLOCKS
+            q[example, :, number], own_k, own_v, part, length, ids, scale, blocks or CPU_BLOCKS
         )
         return out.at[example, :, number].set(made)
 

@@ -1,12 +1,17 @@
 """cuDNN's attention, through `jax.nn`."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ._choice import BatchSegments, Blocks
 
 
-DIFFERENTIABLE = False
-"""Whether `attend` has a gradient of its own; else that of the chunked form is taken."""
+DIFFERENTIABLE = True
+"""Whether `attend` has a gradient of its own where there is no bias; else that of the chunked form
+is taken."""
+
+MOST_DIMS = 256
 
 
 def attend(
@@ -23,16 +28,29 @@ def attend(
     device: str,
     interpret: bool,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """Computes attention. **Raises:** `NotImplementedError` for what it cannot do.
+    """Computes attention with cuDNN.
 
-    **Arguments:**
-
-    - `bias`: at least -1e30, which hides a key; each query sees at least one.
-    - `key_length`: how many of the first keys are visible, at least one.
-    - `segments`: a query sees the keys of its number.
-    - `blocks`: the queries and keys of a block, by default the best for `device`.
-    - `bounded`: whether `scale |q| max |k|` may be subtracted in place of the maximum.
-    - `device`: the kind of the device, such as `"TPU v6 lite"`.
-    - `interpret`: run the kernel without its device.
+    **Raises:** `NotImplementedError` for other dtypes than bfloat16 and float16, for segments, for
+    heads whose dimension is no multiple of 8 or above 256, and where there is no cuDNN.
     """
-    raise NotImplementedError("This kernel is not written yet.")
+    dims = q.shape[3], v.shape[3]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"cuDNN computes in bfloat16 or float16, not in {q.dtype}.")
+    if dims[0] != dims[1] or dims[0] % 8 or dims[0] > MOST_DIMS:
+        raise NotImplementedError(
+            f"cuDNN takes heads of one dimension, a multiple of 8 up to {MOST_DIMS}, not {dims}."
+        )
+    if segments is not None:
+        raise NotImplementedError("cuDNN knows no segments.")
+    if bias is not None:  # which has one row for each query, in the dtype of the queries
+        shape = *bias.shape[:2], q.shape[1], k.shape[1]
+        bias = jnp.broadcast_to(bias.astype(q.dtype), shape)
+    lengths = {}
+    if key_length is not None:
+        lengths["key_value_seq_lengths"] = jnp.broadcast_to(key_length, q.shape[:1])
+    try:
+        return jax.nn.dot_product_attention(
+            q, k, v, bias, scale=scale, implementation="cudnn", **lengths
+        )
+    except RuntimeError as error:
+        raise NotImplementedError(f"cuDNN cannot do this: {error}") from None

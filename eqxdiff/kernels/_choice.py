@@ -41,7 +41,8 @@ _AUTO: Mapping[str, tuple[str, ...]] = {
 _ALIASES: Mapping[str, str] = {"dot_product": "xla", "cudnn_flash_te": "cudnn"}
 _PLATFORMS: Mapping[str, str] = {"pallas_tpu": "tpu", "cudnn": "gpu", "pallas_gpu": "gpu"}
 _DEVICES = {"tpu": "a TPU", "gpu": "a GPU"}
-_PLAIN_BYTES = 64 * 2**20
+_PLAIN_BYTES = 5 * 2**20
+"""The scores of one example that are not worth a kernel, nor blocks on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,16 @@ def choose_attention(
         )
     order = auto if name == "auto" else (name, *(each for each in auto if each != name))
     return AttentionChoice(order, name != "auto", blocks, mesh, platform, first.device_kind)
+
+
+def attention_for(platform: str) -> AttentionChoice:
+    """Returns the backends for devices of another platform, which programs are compiled for here.
+
+    On GPUs these are the forms in plain XLA: the kernels need the device to be compiled.
+    """
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    backends = ("chunked",) if platform == "gpu" else _AUTO.get(platform, ("chunked",))
+    return AttentionChoice(backends, platform=platform, device=platform)
 
 
 _CONTEXT = jax.make_user_context()

@@ -19,6 +19,7 @@ from .generate import (
 )
 from .open import load as load, open_model as open_model
 from .pipeline import Pipeline as Pipeline
+from .programs import Programs as Programs
 from .record import (
     chunks as chunks,
     parameters as parameters,
@@ -34,7 +35,6 @@ from .request import (
 )
 from .sample import (
     Step as Step,
-    check_divides as check_divides,
     decode as decode,
     sample_latent as sample_latent,
     steps as steps,

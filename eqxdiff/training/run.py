@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from .._errors import CheckpointError, TrainingError
 from ..distributed import is_first, wait_for_all
-from ..pipeline import check_divides, cuts
-from ..sharding import shard_batch
+from ..pipeline import cuts
+from ..sharding import check_batch, shard_batch
 from .batches import Batches, image_batches, latent_batches
 from .config import TrainConfig
 from .data import read_folder, read_image
@@ -69,8 +69,7 @@ def train(
     output, size = Path(output), (config.data.height, config.data.width)
     last = _last_state(output, config, resume)
     wait_for_all()
-    if mesh is not None:
-        check_divides(mesh, config.run.batch_size)
+    check_batch(mesh, config.run.batch_size)
     examples = read_folder(config.data.folder, captions=not config.model.alone)
     images = np.stack([read_image(example.path, *size) for example in examples])
     note(f"{len(examples)} images from {config.data.folder}")

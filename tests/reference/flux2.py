@@ -18,6 +18,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.utils import logging
 from flux2_files import CASES, PICTURES, fake_picture, original_transformer, write_case
 from helpers import fake_noise, fake_tensor, relative_error
+from qwen3 import TEMPLATE
 
 
 SIZES = {
@@ -25,6 +26,15 @@ SIZES = {
     "klein_9b": (8, 24, 32, 12288, False),
     "dev": (8, 48, 48, 15360, True),
 }
+
+
+def load(case: dict) -> Flux2KleinPipeline:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_case(Path(folder), case)
+        pipe = Flux2KleinPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe.tokenizer.chat_template = TEMPLATE
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def run(pipe: Flux2KleinPipeline, case: dict, dtype: torch.dtype) -> dict[str, np.ndarray]:
@@ -66,11 +76,7 @@ def run(pipe: Flux2KleinPipeline, case: dict, dtype: torch.dtype) -> dict[str, n
 def record_pipeline() -> dict[str, np.ndarray]:
     record = {}
     for name, case in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            pipe = Flux2KleinPipeline.from_pretrained(
-                write_case(Path(folder), case), torch_dtype=torch.float32
-            )
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load(case)
         single = run(pipe, case, torch.float32)
         double = run(pipe, case, torch.float64)
         other = run(pipe, {**case, "prompts": case["others"]}, torch.float32)
@@ -90,8 +96,7 @@ def record_pipeline() -> dict[str, np.ndarray]:
 def record_pictures() -> dict[str, np.ndarray]:
     """Some pixels of reference pictures as the pipeline hands them to the autoencoder."""
     record, seen = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = Flux2KleinPipeline.from_pretrained(write_case(Path(folder), CASES["edit"]))
+    pipe = load(CASES["edit"])
 
     class Enough(Exception):
         pass

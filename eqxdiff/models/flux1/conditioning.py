@@ -45,7 +45,7 @@ class FluxAhead(eqx.Module):
     """
 
     txt: Float[Array, "*roles tokens dim"]
-    pe: Float[Array, "*roles tokens+pixels 2 half"]
+    pe: Float[Array, "*roles places 2 half"]
     modulations: Table
 
 
