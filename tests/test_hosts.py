@@ -325,11 +325,11 @@ def test_several_processes_make_the_same_pictures(folder, alone, together):
 
 @pytest.mark.slow
 def test_each_process_reads_the_bytes_of_its_shards_and_no_others(folder, together):
-    _, facts = together
+    count, facts = together
     for each in facts:
         own, whole = each["bytes"]["transformer"]
         assert each["counted"][str(folder / "original.safetensors")] == own
-        assert own < 0.6 * whole
+        assert own < (0.6 if count == 2 else 0.75) * whole  # half, and what is not split
 
 
 @pytest.mark.slow
