@@ -9,9 +9,8 @@ from ..nn import AbstractConv2d, Adapted, Conv2d, HWIOConv2d, WinogradConv2d
 Tree = TypeVar("Tree")
 
 WINOGRAD_CHANNELS = 64
-"""Winograd's algorithm gains where both sides have so many channels: on two cores of an x86-64
-server it takes 0.4 (1280 channels at 8x8) to 0.6 (128 at 512x512) of the time of PyTorch, where the
-plain convolution takes 1.1 to 2.1."""
+"""Winograd's algorithm is taken where both sides have at least so many channels: with fewer the
+transforms of the tiles cost more than the products save."""
 
 
 def lay_convolutions(tree: Tree, platform: str | None = None) -> Tree:

@@ -77,8 +77,8 @@ class UNetPredictor(AbstractNetwork):
     def ahead(
         self, x: Image, timesteps: Float[Array, " rows"], condition: UNetCondition
     ) -> UNetCondition:
-        """Computes the prompt's keys and values. The embedded timesteps are not worth their room:
-        all of them take half a percent of a step."""
+        """Computes the prompt's keys and values. The embedded timesteps stay in the loop: their
+        layers are small."""
         assert not isinstance(condition.context, PromptKeys)
         keys = self.unet.keys(condition.context.astype(self.dtype))
         return UNetCondition(keys, condition.added, condition.wanted)
