@@ -102,10 +102,8 @@ def report(compiled: Any, seconds: float, generation: str = "v6e") -> Report:
                 largest[what, _shape(line), _name(line)] += ms
             if " custom-call(" in line and "tpu_custom_call" in line:
                 kernels += often
-            if " while(" in line:
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                for body in re.findall(r"body=%([\w.\-]+)", line):
-                    walk(body, often * (int(trips[1]) if trips else 1))
+            if found := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                walk(found[2], often * _trips(bodies[found[1]]))
             for called in re.findall(r" call\(.*to_apply=%([\w.\-]+)", line):
                 walk(called, often)
 
@@ -135,6 +133,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name:
             bodies[name].append(line)
     return bodies, main
+
+
+def _trips(condition: list[str]) -> int:
+    """Returns how often a loop runs whose counter is compared with a constant."""
+    found = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(found[0]) if found else 1
 
 
 def _name(line: str) -> str:

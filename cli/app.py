@@ -13,11 +13,14 @@ import typer
 
 from eqxdiff import EqxdiffError
 
+from .bulk import bulk
+from .compile import HELP as COMPILE_HELP, command as compile_command, compile
 from .convert import convert
 from .generate import HELP, command as generate_command, generate
 from .helptext import documented
 from .inspect import inspect
 from .lora import app as lora
+from .plan import plan
 from .signals import Terminated, tell
 from .tables import models, samplers
 from .tiny import random
@@ -31,9 +34,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command(help=HELP)(generate)
-for command in (convert, inspect, models, samplers, train, random):
+app.command(help=COMPILE_HELP)(compile)
+for command in (bulk, convert, inspect, models, samplers, plan, train, random):
     app.command()(documented(command))
 app.add_typer(lora, name="lora")
+
+DERIVED = (("generate", HELP, generate_command), ("compile", COMPILE_HELP, compile_command))
+"""The commands whose options come from the settings of the models, with their help."""
 
 UsageError: Any = typer.BadParameter.__base__
 """The class of the click that this version of Typer contains or depends on."""
@@ -109,13 +116,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _program(argv: Sequence[str]) -> Any:
-    """Returns the program. It knows the options of `generate` where `generate` is called."""
+    """Returns the program. A command that derives its options knows them where it is called."""
     program = typer.main.get_command(app)
-    if argv[:1] == ["generate"]:
-        single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
-        settings = {"help_option_names": ["--help", "-h"]}
-        single.command("generate", help=HELP, context_settings=settings)(generate_command())
-        program.commands["generate"] = typer.main.get_command(single)  # pyright: ignore
+    for name, text, command in DERIVED:
+        if argv[:1] == [name]:
+            single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+            settings = {"help_option_names": ["--help", "-h"]}
+            single.command(name, help=text, context_settings=settings)(command())
+            program.commands[name] = typer.main.get_command(single)  # pyright: ignore
     return program
 
 
@@ -142,4 +150,7 @@ def flagged(message: str, argv: Sequence[str]) -> str:
 
 def _fail(message: str, status: int, as_json: bool) -> int:
     tell(message, as_json)
+    if (jax := sys.modules.get("jax")) is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)  # JAX would wait for the other processes, which stop
     return status

@@ -6,29 +6,14 @@ import re
 
 from jax.sharding import Mesh
 
-from eqxdiff import SettingError, make_mesh
+from eqxdiff import SettingError
 from eqxdiff.models import check_range
-from eqxdiff.sharding import BATCH_AXES
+from eqxdiff.sharding import BATCH_AXES, check_batch, parse_mesh
 
 
-AXES = ("data", "fsdp", "tensor")
-
-
-def parse_mesh(text: str | None) -> Mesh | None:
+def mesh_of(text: str | None) -> Mesh | None:
     """Makes the mesh of devices that the option asks for. **Raises:** `SettingError`."""
-    if text is None:
-        return None
-    pairs = [re.fullmatch(r"(\w+)=([1-9]\d{0,5})", part.strip()) for part in text.split(",")]
-    sizes = {pair[1]: int(pair[2]) for pair in pairs if pair is not None}
-    if len(sizes) < len(pairs) or not sizes.keys() <= set(AXES):
-        raise SettingError(
-            f"--mesh {text} is not understood: write the sizes of some of {', '.join(AXES)}, "
-            "as in data=4,fsdp=2."
-        )
-    try:
-        return make_mesh(**sizes)
-    except ValueError as error:
-        raise SettingError(f"--mesh {text}: {error}") from None
+    return None if text is None else parse_mesh(text)
 
 
 def parse_blocks(text: str | None) -> tuple[int, int] | None:
@@ -52,8 +37,5 @@ def batch_size_for(mesh: Mesh | None, wanted: int | None) -> int:
     shares = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     size = shares if wanted is None else wanted
     check_range("batch_size", size, 1)
-    if size % shares:
-        raise SettingError(
-            f"--batch-size {size} is not a multiple of {shares}, over which the mesh splits it."
-        )
+    check_batch(mesh, size)
     return size

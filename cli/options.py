@@ -17,7 +17,7 @@ from .helptext import parameter
 from .order import Order
 
 
-PANELS = ("Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Output")
+PANELS = ("Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Processes", "Output")
 """The panels of the help, in order."""
 
 PER_MODEL = "the model's"

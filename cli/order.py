@@ -55,7 +55,8 @@ class Order:
         str | None,
         _option(
             "Picture",
-            help="Read a prompt from each line of a file; - is standard input.",
+            help="Read a prompt from each line of a file; - is standard input. A line of a .jsonl "
+            "file is an object with a prompt, and perhaps a seed and settings of its own.",
             metavar="FILE",
             default="none",
         ),
@@ -220,8 +221,9 @@ class Order:
         str | None,
         _option(
             "Memory",
-            help="Spread the work over devices along the axes data, fsdp and tensor, as in "
-            "data=4,fsdp=2.",
+            help="Spread the work over devices along the axes cfg, data, fsdp, context and tensor, "
+            "as in data=4,fsdp=2. -1 stands for the devices that remain, and auto for the fastest "
+            "mesh that fits.",
             metavar="AXES",
             default="one device",
         ),
@@ -240,6 +242,53 @@ class Order:
             help="Let attention work on blocks of so many queries and keys.",
             metavar="QUERIES,KEYS",
             default="the backend's",
+        ),
+    ] = None
+    coordinator: Annotated[
+        str | None,
+        _option(
+            "Processes",
+            help="Join other processes, which are called alike, at this address of process 0; auto "
+            "asks the TPU pod, SLURM, Kubernetes or Open MPI for address and numbers.",
+            metavar="HOST:PORT",
+            default="one process",
+        ),
+    ] = None
+    process_id: Annotated[
+        int | None,
+        _option("Processes", help="The number of this process, from 0 on.", default="detected"),
+    ] = None
+    num_processes: Annotated[
+        int | None,
+        _option("Processes", help="The number of processes that join.", default="detected"),
+    ] = None
+    start_timeout: Annotated[
+        float,
+        _option("Processes", help="Wait this many seconds for the other processes at the start."),
+    ] = 300.0
+    shard_of: Annotated[
+        int | None,
+        _option(
+            "Processes",
+            help="Share the lines of --prompt-file among this many jobs that know nothing of each "
+            "other, and make those pictures of this job that are not in the folder --output yet.",
+            default="off",
+        ),
+    ] = None
+    shard: Annotated[
+        int | None,
+        _option(
+            "Processes",
+            help="The number of this job of --shard-of, from 0 on.",
+            default="the scheduler's",
+        ),
+    ] = None
+    compiled: Annotated[
+        Path | None,
+        _option(
+            "Memory",
+            help="Run the programs in a file of `eqxdiff compile`, without tracing any.",
+            default="none",
         ),
     ] = None
     compile_cache: Annotated[

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import re
-import secrets
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from eqxdiff import EqxdiffError, SettingError
+from eqxdiff import SettingError
+from eqxdiff._files import OutputError, draft_in, exists, explained, write_whole as write_file
 
 from .signals import SIGNALS
 
@@ -17,10 +17,6 @@ DEFAULT_NAME = "{model}-{seed}-{index}.png"
 PLACEHOLDERS = ("model", "seed", "index", "prompt")
 MOST_PROMPT_CHARACTERS = 40
 WIDTH = re.compile(r"0?[1-9]\d?")
-
-
-class OutputError(EqxdiffError):
-    """A file exists already or cannot be written."""
 
 
 def picture_paths(
@@ -102,20 +98,20 @@ def reserved(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
 
     with SIGNALS.cleaned(remove):
         for path in paths:
-            with _explained(path):
-                if _exists(path) and not overwrite:
+            with explained(path):
+                if exists(path) and not overwrite:
                     raise OutputError(
                         f"{path} exists already: give --overwrite, or another name with --output."
                     )
                 if path.is_dir():
                     raise OutputError(f"{path} is a folder.")
         for folder in dict.fromkeys(path.parent for path in paths):
-            with _explained(folder):
-                missing = [each for each in (folder, *folder.parents) if not _exists(each)]
+            with explained(folder):
+                missing = [each for each in (folder, *folder.parents) if not exists(each)]
                 made += missing
                 folder.mkdir(parents=True, exist_ok=True)
                 with SIGNALS.undisturbed():
-                    draft = _draft(folder)
+                    draft = draft_in(folder)
                     draft.touch()
                     draft.unlink()
         yield
@@ -126,52 +122,6 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
 
     **Raises:** `OutputError` where the file exists already or cannot be written.
     """
-    draft = _draft(path.parent)
     with SIGNALS.undisturbed():
-        try:
-            with _explained(path):
-                with open(draft, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if overwrite:
-                    draft.replace(path)
-                else:
-                    _rename_new(draft, path)
-            SIGNALS.saved(path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def _rename_new(draft: Path, path: Path) -> None:
-    try:
-        os.link(draft, path)  # unlike a rename it fails where there is a file
-    except FileExistsError:
-        raise OutputError(f"{path} has come into being meanwhile, and is kept.") from None
-    except OSError:  # a file system without links
-        if _exists(path):
-            raise OutputError(f"{path} has come into being meanwhile, and is kept.") from None
-        draft.rename(path)
-
-
-def _draft(folder: Path) -> Path:
-    return folder / f".eqxdiff-{secrets.token_hex(4)}.part"
-
-
-def _exists(path: Path) -> bool:
-    """Tells whether there is a file, a folder or a link, dangling or not. **Raises:** `OSError`."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from None
-    except ValueError:  # a null character
-        raise OutputError(f"{str(path)!r} is no name that a file can have.") from None
+        write_file(path, data, overwrite=overwrite)
+        SIGNALS.saved(path)

@@ -27,6 +27,34 @@ def train(
     resume: Annotated[
         bool, Option("--resume", help="Go on with the run in --output from its last state.")
     ] = False,
+    mesh: Annotated[
+        str | None,
+        Option(
+            help="Spread the batch and the weights over devices, as in data=4,fsdp=2.",
+            metavar="AXES",
+            show_default="one device",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        Option(
+            help="Join other processes, which are called alike, at this address of process 0; auto "
+            "asks the TPU pod, SLURM, Kubernetes or Open MPI for address and numbers.",
+            metavar="HOST:PORT",
+            show_default="one process",
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        Option(help="The number of this process, from 0 on.", show_default="detected"),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        Option(help="The number of processes that join.", show_default="detected"),
+    ] = None,
+    start_timeout: Annotated[
+        float, Option(help="Wait this many seconds for the other processes at the start.")
+    ] = 300.0,
     quiet: Annotated[
         bool, Option("--quiet", "-q", help="Print only the folder of the model.")
     ] = False,
@@ -39,12 +67,18 @@ def train(
     from eqxdiff.training import read_config, train
 
     from .cache import compile_cache
+    from .hosts import joined
+    from .mesh import mesh_of
 
-    progress = _TrainingProgress(quiet, as_json)
-    with compile_cache(None), SIGNALS.raised():
-        folder = train(read_config(config), output, resume=resume, report=progress)
-    progress.clear()
-    print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)
+    progress, settings = _TrainingProgress(quiet, as_json), read_config(config)
+    facts = {"the config": str(settings), "`resume`": resume, "`mesh`": mesh}
+    numbers = coordinator, process_id, num_processes, start_timeout, facts
+    together = joined(*numbers, mesh=mesh, as_json=as_json)
+    with compile_cache(None), SIGNALS.raised(), together as hosts:
+        folder = train(settings, output, resume=resume, mesh=mesh_of(mesh), report=progress)
+        progress.clear()
+        if hosts.index == 0:
+            print(json.dumps({"model": str(folder)}) if as_json else folder, flush=True)
 
 
 class _TrainingProgress:

@@ -7,6 +7,7 @@ from ._errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
     EqxdiffError as EqxdiffError,
+    HostsError as HostsError,
     PromptError as PromptError,
     SettingError as SettingError,
     SourceError as SourceError,
@@ -15,7 +16,7 @@ from ._lazy import lazy
 
 
 if TYPE_CHECKING:
-    from . import lora as lora
+    from . import bulk as bulk, distributed as distributed, lora as lora
     from .models import (
         Family as Family,
         Settings as Settings,
@@ -50,6 +51,8 @@ __version__ = importlib.metadata.version("eqxdiff")
 
 # Imported when first asked for: JAX takes a second, for which `eqxdiff --help` need not wait.
 _HOMES = {
+    "bulk": (),
+    "distributed": (),
     "lora": (),
     "models": ("Family", "Settings", "find_model", "model_names"),
     "pipeline": (

@@ -34,6 +34,10 @@ class TrainingError(EqxdiffError):
     """A run cannot begin or go on: its folder holds another, or its loss is not finite."""
 
 
+class HostsError(EqxdiffError):
+    """A process of several is late, lost, or not given the same as the others."""
+
+
 def printable(text: str) -> str:
     """Returns a text from a file without what could control a terminal: that is escaped."""
     return "".join(

@@ -11,14 +11,18 @@ import pytest
 
 
 FAST = {
+    "test_bulk",
+    "test_artefact",
     "test_cli",
     "test_cli_errors",
     "test_embedded",
     "test_gradients",
+    "test_hosts",
     "test_lora_cli",
     "test_lora_kinds",
     "test_lora_loading",
     "test_lora_runtime",
+    "test_passes",
     "test_training_recipe",
     "test_training_run",
 }

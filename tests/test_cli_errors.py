@@ -62,7 +62,10 @@ def sentence(text: str) -> bool:
         (["--sampler", "ddim"], "The sampler ddim cannot be used with a rectified flow; use euler"),
         (["--offload", "text", "--release", "text"], "give one."),
         (["--revision", "main"], "is a local folder, which has no revision 'main'."),
-        (["--mesh", "data=2,rows=2"], "write the sizes of some of data, fsdp, tensor"),
+        (
+            ["--mesh", "data=2,rows=2"],
+            "write the sizes of some of cfg, data, fsdp, context, tensor",
+        ),
         (["--mesh", "data=0"], "--mesh data=0 is not understood"),
         (["--mesh", "data=2,data=4"], "is not understood"),
         (["--attention", "pallas_tpu"], "--attention pallas_tpu needs a TPU, and this is a CPU"),

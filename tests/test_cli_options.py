@@ -12,7 +12,7 @@ from eqxdiff.convert.example import write_example
 from eqxdiff.models import applied, declarations, families, find_model, settings_classes
 
 
-PANELS = ["Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Output"]
+PANELS = ["Picture", "Guidance", "Sampling", "Weights", "LoRA", "Memory", "Processes", "Output"]
 
 
 @pytest.fixture(scope="module")

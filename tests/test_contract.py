@@ -453,7 +453,7 @@ def programs(pipe) -> dict:
     model, dtype = blueprint.model, blueprint.compute_dtype
     batch = stack_examples([example], 1)
     loop = Loop(pipe.stage("denoiser"), batch, (), blueprint)
-    x, state = _begin(loop)
+    x, state, _ = _begin(loop)
     tokens = Job.make(blueprint, 0, Request.make("a cat", **SMALL)).texts["prompt"].tokens
     image, vae = jnp.zeros((32, 48, 3)), pipe.stage("vae")
 

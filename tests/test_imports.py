@@ -15,7 +15,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Each room may import the rooms on the lines above its own, and its own files.
 ORDER = [
-    ("_types", "_errors", "_dtypes", "_config", "_lazy", "sharding", "control", "pictures"),
+    (
+        *("_types", "_errors", "_dtypes", "_config", "_lazy", "_files", "_watch", "_meeting"),
+        *("distributed", "sharding", "control", "pictures"),
+    ),
     ("nn", "kernels"),
     ("passes",),
     ("tensors",),
@@ -27,7 +30,8 @@ ORDER = [
     ("convert",),
     ("lora",),
     ("pipeline",),
-    ("training",),
+    ("training", "bulk"),
+    ("plan",),
     ("cli",),
     ("__main__",),
 ]
@@ -36,7 +40,7 @@ LEAVES = ORDER[0]
 
 # What may be imported from outside.
 RUN_TIME = {"equinox", "huggingface_hub", "jax", "jaxtyping", "ml_dtypes", "numpy", "optax"}
-RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer"}
+RUN_TIME |= {"PIL", "cv2", "safetensors", "scipy", "tokenizers", "typer", "ray", "pyarrow"}
 
 
 def imports(path: Path):

@@ -23,7 +23,7 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
-PATTERNS = ("*.py", "*.toml", "py.typed", "models/*/README.md", "models/*/example.json")
+PATTERNS = ("*.py", "*.toml", "py.typed", "models/*/README.md", "models/*/*.json")
 PATTERNS += ("models/flux1/emoji/**/*.*", "text/example/**/*.*")
 
 

@@ -7,6 +7,7 @@ from .load import (
     check as check,
     leaf_paths as leaf_paths,
     load_module as load_module,
+    loaded_shapes as loaded_shapes,
 )
 from .plan import Shape as Shape
 from .save import save_module as save_module

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..distributed import to_host
 from ..passes import published
 from ..tensors.source import TensorInfo
 from .load import leaf_paths
@@ -26,7 +27,8 @@ def export_tensors(module: Any, table: Table) -> Iterator[tuple[str, np.ndarray]
 
     The weights are in the checkpoint's order, whatever passes the module has gone through.
 
-    Of a tensor with several spellings the first is written; what the table drops is not.
+    Of a tensor with several spellings the first is written; what the table drops is not. Where the
+    module is spread over processes, all of them must run this to its end.
 
     **Raises:** `ValueError` where the table does not cover the module.
     """
@@ -71,7 +73,7 @@ def _rows(leaf: Any, move: Move) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not _is_host(leaf):
         # one layer at a time: the host copy of a whole leaf would be kept with the array
         piece = leaf if move.layer is None else leaf[move.layer]
-        host = np.asarray(piece[move.low : move.high] if piece.ndim else piece)
+        host = to_host(piece[move.low : move.high] if piece.ndim else piece)
     else:
         piece = np.asarray(leaf)
         piece = piece if move.layer is None else piece[move.layer]

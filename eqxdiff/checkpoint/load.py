@@ -108,14 +108,8 @@ def load_module(
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(skeleton)
     leaves = leaf_paths(skeleton)
-    infos = source.tensors
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    file = {tensor: info.shape for tensor, info in infos.items()}
-    plan = compile_plan(table, shapes, file, name=name)
-    dtypes = {
-        path: _leaf_dtype(np.dtype(leaf.dtype), dtype, source, plan.moves.get(path, ()))
-        for path, leaf in leaves.items()
-    }
+    plan, dtypes = _planned(source, table, leaves, dtype, name)
     _check_kinds(plan, source, dtypes, name)
     check_copies(source, plan, name)
     place = _placement(sharding, skeleton)
@@ -152,6 +146,44 @@ def load_module(
             done += nbytes[path]
             advance(0)
     return jax.tree_util.tree_unflatten(treedef, jax.block_until_ready(values))
+
+
+def loaded_shapes(
+    source: AbstractTensorSource,
+    table: Table,
+    skeleton: Module,
+    *,
+    dtype: DTypeLike | None = None,
+    name: str = "the checkpoint",
+) -> Module:
+    """Returns the shapes and dtypes of the module that `load_module` would make.
+
+    Of the file nothing but its header is read. **Raises:** `CheckpointError`.
+    """
+    _, dtypes = _planned(source, table, leaf_paths(skeleton), dtype, name)
+
+    def typed(path: tuple[Any, ...], leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, dtypes[dotted(path)]) if is_leaf(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(typed, skeleton)
+
+
+def _planned(
+    source: AbstractTensorSource,
+    table: Table,
+    leaves: Mapping[str, Any],
+    dtype: DTypeLike | None,
+    name: str,
+) -> tuple[Plan, dict[str, np.dtype]]:
+    """Returns which tensors make each leaf, and the dtype that it is kept in."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    file = {tensor: info.shape for tensor, info in source.tensors.items()}
+    plan = compile_plan(table, shapes, file, name=name)
+    dtypes = {
+        path: _leaf_dtype(np.dtype(leaf.dtype), dtype, source, plan.moves.get(path, ()))
+        for path, leaf in leaves.items()
+    }
+    return plan, dtypes
 
 
 def _leaf_dtype(

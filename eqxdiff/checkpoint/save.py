@@ -1,5 +1,6 @@
 """Writing safetensors files: one tensor in memory at a time, and all or nothing on disk."""
 
+import collections
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .._errors import CheckpointError
+from ..distributed import is_first
 from ..tensors.safetensors import DTYPES
 from ..tensors.source import TensorInfo
 from .export import export_infos, export_tensors
@@ -37,7 +39,8 @@ def save_module(
 
     One file `{stem}.safetensors`, or several and their index where it would be larger than
     `max_shard_bytes`. They replace what was saved there under the same stem. Whatever goes wrong
-    on the way, the folder is left as it was.
+    on the way, the folder is left as it was. Of several processes all call this, and the first one
+    writes.
 
     **Arguments:**
 
@@ -56,6 +59,9 @@ def save_module(
     shards = cut(infos, stem, max_shard_bytes)
     tensors = export_tensors(module, table)
     names = list(shards)
+    if not is_first():
+        collections.deque(tensors, maxlen=0)
+        return [folder / name for name in names]
     with atomic(folder) as new:
         for name, shard in shards.items():
             write_tensors(new(name), shard, tensors, metadata)

@@ -5,6 +5,7 @@ from ._choice import (
     AttentionChoice as AttentionChoice,
     Blocks as Blocks,
     attending as attending,
+    attention_for as attention_for,
     choose_attention as choose_attention,
 )
 from .attention import attention as attention

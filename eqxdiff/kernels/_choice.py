@@ -126,6 +126,16 @@ def choose_attention(
     return AttentionChoice(order, name != "auto", blocks, mesh, platform, first.device_kind)
 
 
+def attention_for(platform: str) -> AttentionChoice:
+    """Returns the backends for devices of another platform, which programs are compiled for here.
+
+    On GPUs these are the forms in plain XLA: the kernels need the device to be compiled.
+    """
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    backends = ("chunked",) if platform == "gpu" else _AUTO.get(platform, ("chunked",))
+    return AttentionChoice(backends, platform=platform, device=platform)
+
+
 _CONTEXT = jax.make_user_context()
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..sharding import current_mesh
 from . import (
     _attention_chunked,
     _attention_cudnn,
@@ -18,11 +19,8 @@ from . import (
 )
 from ._batching import any_batch
 from ._choice import AttentionChoice, Backend, Segments, attention_choice
-from ._mesh import over_mesh
+from ._mesh import HIDDEN, attend_on_mesh
 
-
-HIDDEN = -1e30
-"""The bias of a key that a query may not see: its weight is exactly zero beside any other."""
 
 _BACKENDS = {
     "chunked": _attention_chunked,
@@ -60,8 +58,8 @@ def attention(
     - `key_length`: only so many of the first keys are visible, at least one.
     - `segments`: numbers of the queries and of the keys, where a query sees the keys of its number.
     - `scale`: `dim ** -0.5` by default.
-    - `bounded`: whether no score differs by more than 80 from `scale |q| max |k|`, which a kernel
-        may then subtract in place of the maximum.
+    - `bounded`: whether no scaled score is beyond 64 on either side, so that a kernel may leave out
+        the maximum.
     - `implementation`: this backend and no other, in place of the choice.
 
     **Raises:** `NotImplementedError` where the backend that `implementation` names cannot do this,
@@ -75,6 +73,24 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     if mask is not None:
         bias = jnp.where(mask, 0.0 if bias is None else bias.astype(jnp.float32), HIDDEN)
+    attend = functools.partial(_attend, implementation, scale, bounded)
+    if current_mesh() is not None:
+        attend = functools.partial(attend_on_mesh, attend, scale=scale)
+    return attend(q, k, v, bias, key_length, segments)
+
+
+def _attend(
+    implementation: Backend | None,
+    scale: float,
+    bounded: bool,
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    key_length: Array | None,
+    segments: tuple[Array, Array] | None,
+) -> Array:
+    """Computes attention on one device by the first backend that can."""
     choice = attention_choice()
     names = choice.order(q, k) if implementation is None else (implementation,)
     for name in names:
@@ -110,7 +126,6 @@ def _call(
         device=choice.device,
         interpret=choice.interpret,
     )
-    batched = over_mesh(batched, choice.mesh)
 
     def forward(*arrays: Any) -> Array:
         leading = jax.tree.map(lambda x: x[None], arrays)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._errors import SettingError
 from ..checkpoint import Table, leaf_paths
+from ..distributed import put_like, to_host
 from ..nn import Adapted
 from ..passes import fast, is_fast
 from .components import AdaptedComponent, follow
@@ -107,24 +108,18 @@ def _merge_part(part: AdaptedComponent, fitted: Fitted, sign: float) -> Any:
     check_plain(part.module, "Merging")
     module = widen(part.module, fitted.widened.get(part.name, {}))
     leaves = leaf_paths(module)
-    if not all(leaf.is_fully_addressable for leaf in leaves.values() if is_array(leaf)):
-        raise SettingError(
-            f"{part.name} is spread over several processes, where adapters cannot be merged after "
-            "loading: give them to eqxdiff.load, or apply them at run time."
-        )
     merger = Merger(fitted, part.name, sign=sign)
     new = {}
     for path in merger.leaves:
         if path in leaves:
-            buffer = np.array(leaves[path])
-            merger.change(path, buffer, whole_box(buffer.shape), reader_of(leaves))
             old = leaves[path]
-            place = old.sharding if is_array(old) and old.committed else None
-            new[path] = jax.device_put(buffer, place)
+            buffer = np.array(to_host(old))  # one leaf at a time, on every process
+            merger.change(path, buffer, whole_box(buffer.shape), reader_of(leaves))
+            new[path] = put_like(buffer, old)
     return merger.finish(with_leaves(module, new))
 
 
 def reader_of(leaves: Mapping[str, Any]) -> ReadLeaf:
     """Returns a function that reads boxes of leaves that are in memory."""
-    last = functools.lru_cache(maxsize=1)(lambda path: np.asarray(leaves[path]))
+    last = functools.lru_cache(maxsize=1)(lambda path: to_host(leaves[path]))
     return lambda path, box: last(path)[tuple(slice(*bounds) for bounds in box)]

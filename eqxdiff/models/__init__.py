@@ -7,7 +7,11 @@ from .._lazy import lazy
 
 if TYPE_CHECKING:
     from .._config import parse_config as parse_config
-    from ._example import read_example as read_example
+    from ._example import (
+        PublishedSizes as PublishedSizes,
+        read_example as read_example,
+        read_published as read_published,
+    )
     from ._family import (
         Component as Component,
         Configs as Configs,
@@ -62,7 +66,7 @@ if TYPE_CHECKING:
 # Imported when first asked for: the command line shows the settings without waiting for JAX.
 _HOMES = {
     "._config": ("parse_config",),
-    "_example": ("read_example",),
+    "_example": ("PublishedSizes", "read_example", "read_published"),
     "_family": (
         "Component",
         "Configs",

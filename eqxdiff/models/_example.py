@@ -1,5 +1,6 @@
-"""Tiny checkpoints as data: `example.json` in a family's folder, and tokenizers of few tokens."""
+"""Checkpoints as data: `example.json` of tiny ones, and the sizes of real ones."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
@@ -30,3 +31,33 @@ def read_example(file: Traversable, model: str) -> Mapping[str, str]:
         for path, own in change.items():
             fields[path] = {**fields.get(path, {}), **own}
     return {**{path: json.dumps(own, indent=2) for path, own in fields.items()}, **texts}
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedSizes:
+    """The sizes of a published checkpoint, of which no file need be at hand.
+
+    **Fields:**
+
+    - `files`: the texts of its configs by path, and of tokenizers that make as many tokens.
+    - `dtypes`: component -> the dtype of the published weights.
+    """
+
+    files: Mapping[str, str]
+    dtypes: Mapping[str, str]
+
+
+def read_published(folder: Traversable, model: str) -> PublishedSizes:
+    """Returns the sizes of a published checkpoint, from the folder of its family.
+
+    `published.json` holds under `"files"` and `"models"` the fields in which the published configs
+    differ from `example.json`, and under `"dtypes"` the dtypes of the components.
+    """
+    fields = json.loads((folder / "published.json").read_text(encoding="utf-8"))
+    own = dict(fields["models"].get(model, {}))
+    dtypes = {**fields["dtypes"], **own.pop("dtypes", {})}
+    files = dict(read_example(folder / "example.json", model))
+    for change in (fields["files"], own):
+        for path, new in change.items():
+            files[path] = json.dumps({**json.loads(files.get(path, "{}")), **new}, indent=2)
+    return PublishedSizes(files, dtypes)

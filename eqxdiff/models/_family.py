@@ -12,6 +12,7 @@ from jaxtyping import DTypeLike
 from ..checkpoint.form import Form
 from ..checkpoint.table import TableFile
 from ..sharding import Rule
+from ._example import PublishedSizes
 from ._files import PublishedFiles
 from ._lora import LoraNames
 from ._model import AbstractModel
@@ -84,6 +85,10 @@ class Preset:
         return self.embedded or self.repository
 
 
+def no_sizes(model: str) -> PublishedSizes | None:
+    """Stands for `Family.published` in a family that does not state them."""
+
+
 def no_controlnets(configs: Configs, fields: Mapping[str, Any] | None) -> Any:
     """Stands for `Family.control_config` in a family without ControlNets."""
     raise NotImplementedError
@@ -110,6 +115,8 @@ class Family:
     - `bind`: makes the model of a name, of default settings and of configs. Raises `ConfigError`
         where the components do not belong together.
     - `example`: returns the texts of a tiny checkpoint of a model, by path: all but the weights.
+    - `published`: returns the sizes of a model's published checkpoint, so that its needs are known
+        without any file of it.
     - `files`: how its files are recognised, and what they hold besides components.
     - `lora`: how published LoRAs name its layers.
     - `controlnet`: the ControlNets that go with it, if there are any.
@@ -128,6 +135,7 @@ class Family:
     parse_scheduler: Callable[[Mapping[str, Any]], Any]
     bind: Callable[[str, Any, Configs], AbstractModel]
     example: Callable[[str], Mapping[str, str]]
+    published: Callable[[str], PublishedSizes | None] = no_sizes
     files: PublishedFiles = dataclasses.field(default_factory=PublishedFiles)
     lora: LoraNames = dataclasses.field(default_factory=LoraNames)
     controlnet: Component | None = None

@@ -1,7 +1,7 @@
 """Layers in PyTorch's array layouts that act on the trailing axis of one example."""
 
 from .adapted import Adapted as Adapted
-from .conv import AbstractConv2d as AbstractConv2d, Conv2d as Conv2d
+from .conv import AbstractConv2d as AbstractConv2d, Conv2d as Conv2d, HWIOConv2d as HWIOConv2d
 from .embedding import (
     Embedding as Embedding,
     EmbeddingMLP as EmbeddingMLP,
@@ -45,3 +45,4 @@ from .rope import (
     apply_rope as apply_rope,
     rope as rope,
 )
+from .winograd import WinogradConv2d as WinogradConv2d

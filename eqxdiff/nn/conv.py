@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
+from ..sharding import constrain
 
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -26,7 +27,8 @@ class AbstractConv2d(eqx.Module):
 class Conv2d(AbstractConv2d):
     """A two-dimensional convolution of one channels-last image; the weight is PyTorch's OIHW.
 
-    The input decides the precision, as in `Linear`. The layer computes a 1x1 convolution of
+    On a mesh each device computes with the whole weight, on its part of the image or batch. The
+    input decides the precision, as in `Linear`. The layer computes a 1x1 convolution of
     stride 1 as a matrix product, which is faster on every backend.
     """
 
@@ -62,34 +64,61 @@ class Conv2d(AbstractConv2d):
         return cls(weight, bias_array, stride, padding)
 
     def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
-        wide = at_least_float32(x.dtype)
-        weight = self.weight.astype(x.dtype)
-        if weight.shape[2:] == (1, 1) and self.stride == 1 and self.padding == 0:
-            contract = (((2,), (1,)), ((), ()))
-            y = jax.lax.dot_general(x, weight[:, :, 0, 0], contract, preferred_element_type=wide)
-        else:
-            padding = self.padding
-            if isinstance(padding, int):
-                padding = ((padding, padding), (padding, padding))
-            convolve = _convolve if x.dtype == wide else _convolve_wide
-            y = convolve(x, weight, self.stride, padding)
-        if self.bias is not None:
-            y = y + self.bias.astype(wide)
-        return y.astype(x.dtype)
+        # XLA's fast convolution for CPUs wants HWIO. Outside of loops XLA reorders the axes itself,
+        # but within `lax.scan` it does not, and OIHW is fifteen times slower.
+        weight = self.weight.transpose(2, 3, 1, 0)
+        return _apply(x, weight, self.bias, self.stride, self.padding)
+
+
+class HWIOConv2d(AbstractConv2d):
+    """A `Conv2d` whose weight is laid out as the backends compute with it."""
+
+    weight: Float[Array, "kh kw in out"]
+    bias: Float[Array, " out"] | None
+    stride: int = eqx.field(static=True, default=1)
+    padding: int | Padding = eqx.field(static=True, default=0)
+
+    @classmethod
+    def of(cls, conv: Conv2d) -> Self:
+        """Reorders the axes of a convolution's weight."""
+        return cls(conv.weight.transpose(2, 3, 1, 0), conv.bias, conv.stride, conv.padding)
+
+    def __call__(self, x: Float[Array, "h w in"]) -> Float[Array, "h2 w2 out"]:
+        return _apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+def _apply(
+    x: Float[Array, "h w in"],
+    weight: Float[Array, "kh kw in out"],
+    bias: Float[Array, " out"] | None,
+    stride: int,
+    padding: int | Padding,
+) -> Float[Array, "h2 w2 out"]:
+    wide = at_least_float32(x.dtype)
+    weight = constrain(weight, None, None, None, None).astype(x.dtype)
+    if weight.shape[:2] == (1, 1) and stride == 1 and padding == 0:
+        contract = (((2,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x, weight[0, 0], contract, preferred_element_type=wide)
+    else:
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        convolve = _convolve if x.dtype == wide else _convolve_wide
+        y = convolve(x, weight, stride, padding)
+    if bias is not None:
+        y = y + bias.astype(wide)
+    return y.astype(x.dtype)
 
 
 def _convolve(
     x: Float[Array, "h w in"],
-    weight: Float[Array, "out in kh kw"],
+    weight: Float[Array, "kh kw in out"],
     stride: int,
     padding: Padding,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "h2 w2 out"]:
-    # XLA's fast convolution for CPUs wants HWIO. Outside of loops XLA reorders the axes itself, but
-    # within `lax.scan` it does not, and OIHW is fifteen times slower.
     return jax.lax.conv_general_dilated(
         x[None],
-        weight.transpose(2, 3, 1, 0),
+        weight,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
+from ..sharding import ways
 
 
 class AbstractLinear(eqx.Module):
@@ -81,7 +82,7 @@ def side_by_side(
     The products are summed in at least float32 and rounded once. Layers of other kinds, such as
     those with adapters, get the concatenation.
     """
-    if isinstance(layer, Linear):
+    if isinstance(layer, Linear) and ways("tensor") == 1:  # else cuts would go across devices
         return layer.over(*parts)
     return layer(jnp.concatenate(parts, axis=-1))
 

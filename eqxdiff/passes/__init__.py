@@ -5,5 +5,6 @@ that what reads or writes weights by the checkpoint's names sees the checkpoint'
 """
 
 from .bound import bound_scores as bound_scores
+from .conv import lay_convolutions as lay_convolutions
 from .fast import fast as fast, is_fast as is_fast, published as published
 from .rope import reorder_rope as reorder_rope

@@ -6,6 +6,7 @@ import jax
 
 from ..nn import AbstractRotary
 from .bound import bound_scores
+from .conv import published_convolutions
 from .rope import reorder_rope
 
 
@@ -28,8 +29,10 @@ def published(model: Model) -> Model:
     """Returns the model with its weights as the checkpoint has them: what `fast` is the inverse of.
 
     Weights that are in the checkpoint's order are not copied.
+
+    **Raises:** `SettingError` where `lay_convolutions` has transformed kernels.
     """
-    return reorder_rope(model, "pairs")
+    return published_convolutions(reorder_rope(model, "pairs"))
 
 
 def is_fast(model: Any) -> bool:

@@ -19,6 +19,7 @@ from .generate import (
 )
 from .open import load as load, open_model as open_model
 from .pipeline import Pipeline as Pipeline
+from .programs import Programs as Programs
 from .record import (
     chunks as chunks,
     parameters as parameters,
@@ -32,7 +33,12 @@ from .request import (
     expand as expand,
     share as share,
 )
-from .sample import Step as Step, decode as decode, sample_latent as sample_latent, steps as steps
+from .sample import (
+    Step as Step,
+    decode as decode,
+    sample_latent as sample_latent,
+    steps as steps,
+)
 from .stages import Stages as Stages
 from .texts import (
     Cut as Cut,

@@ -40,7 +40,6 @@ class Example(eqx.Module):
     - `recipe`: schedule, solver, parameterization and guider.
     - `clean`: the latent that the noise is added to; `None` starts from noise alone.
     - `blend`: keeps a part of the input picture.
-    - `ahead`: whether the conditions are those that the network computed ahead.
     """
 
     key: PRNGKey
@@ -50,7 +49,6 @@ class Example(eqx.Module):
     recipe: Recipe
     clean: Float[Array, "h w c"] | None
     blend: Blend | None
-    ahead: bool = eqx.field(static=True, default=False)
 
     def start(self) -> Float[Array, "h w c"]:
         """Returns the noisy latent that sampling starts from."""
@@ -58,15 +56,18 @@ class Example(eqx.Module):
             return start(self.noise, self.recipe.schedule)
         return add_noise(self.clean, self.noise, self.recipe.schedule[0])
 
-    def denoiser(self, model: AbstractModel, modules: Modules, dtype: DTypeLike) -> GuidedDenoiser:
+    def denoiser(
+        self, model: AbstractModel, modules: Modules, dtype: DTypeLike, *, ahead: bool = False
+    ) -> GuidedDenoiser:
         """Returns the denoiser of this picture.
 
         **Arguments:**
 
         - `modules`: those of the denoiser's stage.
+        - `ahead`: whether the conditions are those that the network computed ahead.
         """
         network, recipe = model.network(modules, self.shared, dtype), self.recipe
-        if self.ahead and isinstance(network, AbstractNetwork):
+        if ahead and isinstance(network, AbstractNetwork):
             network = network.rest()
         return GuidedDenoiser(network, self.conditions, recipe.guider, recipe.parameterization)
 

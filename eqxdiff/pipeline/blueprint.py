@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 from jax.sharding import Mesh, Sharding
 
 from .._dtypes import float32_products
 from .._errors import SettingError
-from ..checkpoint import FILE, load_module
+from ..checkpoint import FILE, Table, leaf_paths, load_module, loaded_shapes
 from ..convert import locate
 from ..hub import Part, Source
 from ..kernels import AttentionChoice, attending
 from ..lora import Fitted, Merger, apply_fitted
 from ..models import AbstractModel, Component, Family, References, Settings, own_names
 from ..passes import fast
-from ..sharding import parameter_sharding
+from ..sharding import on_mesh, parameter_sharding
+from ..tensors import AbstractTensorSource
 from ..text import Tokenizer
 
 
@@ -82,11 +84,12 @@ class Blueprint:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[dict[str, str]]:
-        """Puts the precision and the attention of the model in place for what is traced within.
+        """Puts precision, attention and mesh of the model in place for what is traced within.
 
         **Yields:** a dictionary that is filled meanwhile: the backend of each shape of attention.
         """
-        with float32_products(self.compute_dtype), attending(self.attention) as used:
+        precision, devices = float32_products(self.compute_dtype), on_mesh(self.mesh)
+        with precision, devices, attending(self.attention) as used:
             yield used
 
     @property
@@ -131,13 +134,37 @@ class Blueprint:
             return {name: load(name) for name in names}
         return {name: fast(load(name), donate=True) for name in names}
 
-    def _load_component(self, name: str, progress: Progress | None) -> Any:
+    def shapes(self, name: str) -> Any:
+        """Returns the shapes and dtypes of a component as it would be loaded.
+
+        Of the files nothing but headers is read. **Raises:** `CheckpointError`, `SourceError`.
+        """
+        tensors, table, skeleton, dtype = self._files(name)
+        module = loaded_shapes(tensors, table, skeleton, dtype=dtype, name=name)
+        if self.adapters is None or self.merged:
+            return module
+        return eqx.filter_eval_shape(apply_fitted, {name: module}, self.adapters)[name]
+
+    def nbytes(self, name: str) -> int:
+        """Returns the bytes of a component's tensors, from the headers of its files."""
+        tensors, _, skeleton, _ = self._files(name)
+        if self.dtype is None:
+            return sum(info.nbytes for info in tensors.tensors.values())
+        leaves = leaf_paths(skeleton).values()
+        return sum(leaf.size for leaf in leaves) * self.dtype.itemsize
+
+    def _files(self, name: str) -> tuple[AbstractTensorSource, Table, Any, Any]:
+        """Returns the tensors of a component, their table, its skeleton and the wanted dtype."""
         component, part = self.components[name], self.parts.get(name)
-        report = None if progress is None else partial(progress, f"loading {name}")
         tensors = self.source.tensors(name) if part is None else part.tensors()
         skeleton = component.skeleton(self.configs[name])
-        tensors, table = locate(tensors, component.table, skeleton)
         dtype = FILE if self.dtype is None else self.dtype
+        return *locate(tensors, component.table, skeleton), skeleton, dtype
+
+    def _load_component(self, name: str, progress: Progress | None) -> Any:
+        component = self.components[name]
+        report = None if progress is None else partial(progress, f"loading {name}")
+        tensors, table, skeleton, dtype = self._files(name)
 
         def sharding(path: str, shape: tuple[int, ...]) -> Sharding | None:
             if self.mesh is None:

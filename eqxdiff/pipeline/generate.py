@@ -10,15 +10,17 @@ from jaxtyping import Array, Float, PyTree
 from PIL import Image as PILImage
 
 from .._errors import EqxdiffError, SettingError
+from ..distributed import own_rows
 from ..models import Modules, check_range, tiles
 from ..pictures import Pictured
 from ..sampling import Hook
+from ..sharding import BATCH_AXES, check_batch, check_picture
 from .batch import Example, Job, batches, cuts, make_jobs, seed_key, stack_examples, to_bytes
 from .blueprint import Progress
 from .inputs import make_inputs, paste_back
 from .pipeline import Pipeline
 from .request import ControlImage, Prompts, Request, expand, share
-from .sample import check_divides, decode_batch, start_loop
+from .sample import start_loop
 from .stages import AbstractStages, stages_of
 from .texts import Encoded, TextEncoder, warn_of_cuts
 
@@ -105,7 +107,7 @@ def generate(
     """Makes `num_images` images of each prompt.
 
     Image `k` of a prompt starts from the noise of `jax.random.key(seed + k)`: the same alone, in
-    any batch and on any mesh.
+    any batch and on any mesh. Of several processes, each gets the pictures that its devices hold.
 
     **Arguments:**
 
@@ -153,6 +155,8 @@ def generate_each(
 ) -> Iterator[Picture]:
     """Makes a picture of each request and yields it as soon as its batch is done.
 
+    Of several processes, each yields the pictures that its own devices hold.
+
     Requests that differ in size, in the number of steps or in whether guidance is on are run by
     programs of their own; pictures then come out of order, with their `index`.
 
@@ -164,9 +168,11 @@ def generate_each(
     stages = stages_of(source)
     blueprint = stages.blueprint
     check_range("batch_size", batch_size, 1)
-    if blueprint.mesh is not None:
-        check_divides(blueprint.mesh, batch_size)
+    check_batch(blueprint.mesh, batch_size)
     groups = batches(make_jobs(blueprint, requests), batch_size)
+    for group in groups:
+        recipe = group[0].recipe
+        check_picture(blueprint.mesh, recipe.shape[0], recipe.guider.roles)
     total = sum(group[0].recipe.schedule.steps for group in groups)
     report = progress or (lambda what, done, total: None)
     texts = _encoded(stages, groups, report)
@@ -178,7 +184,11 @@ def generate_each(
             vae = stages.modules("vae") if needed or decode else {}
             batch = stack_examples(_examples(stages, vae, group, encoded), batch_size)
             report("sampling", done, total)
-            started = start_loop(blueprint, stages.modules("denoiser"), batch, hooks)
+            own, modules = stages.programs, stages.modules("denoiser")
+            started = start_loop(
+                blueprint, modules, batch, hooks, begin=own.begin, advance=own.advance
+            )
+            del modules
             stages.release("denoiser", started.loop.modules)
             if progress is None:
                 x, attention = started.finish()
@@ -203,7 +213,7 @@ def _encoded(
         if all(isinstance(job.request.prompt, Encoded) for group in groups for job in group):
             return [[_rows(job.request.prompt) for job in group] for group in groups]
         with stages.text(last=last) as modules, stages.clock("encode"):
-            encoder = TextEncoder(stages.blueprint, modules)
+            encoder = TextEncoder(stages.blueprint, modules, stages.programs.encode)
             made = [[_encode(encoder, job) for job in group] for group in groups]
             stages.attention |= encoder.attention
             return jax.block_until_ready(made)
@@ -256,14 +266,18 @@ def _pictures(
     stages: AbstractStages, vae: Modules | None, group: Sequence[Job], x: Any
 ) -> list[Picture]:
     blueprint = stages.blueprint
-    arrays: list[np.ndarray | None] = [None] * len(group)
+    rows = lambda batch: own_rows(batch, blueprint.mesh, BATCH_AXES)
+    arrays: Mapping[int, np.ndarray] = {}
     if vae is not None:
-        images, used = decode_batch(blueprint, vae, x, tiles(group[0].settings))
-        arrays = list(np.asarray(images))
+        images, used = stages.programs.decode(blueprint, vae, x, tiles(group[0].settings))
+        arrays = rows(images)
         stages.attention |= used
-    latents = np.asarray(x.transpose(0, 3, 1, 2), np.float32)
+    latents = rows(x.transpose(0, 3, 1, 2).astype(np.float32))
     pictures = []
-    for job, array, latent in zip(group, arrays, latents, strict=False):
+    for row, job in enumerate(group):
+        if row not in latents:
+            continue  # another process has it
+        array, latent = arrays.get(row), latents[row]
         check_finite(array, latent, job.request.text)
         if array is not None:
             array = paste_back(job.request, job.pixels, array)

@@ -11,11 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from .._errors import ConfigError, SettingError
+from ..checkpoint import leaf_paths
 from ..convert.recognise import claim_parts, scheduler_fields
 from ..hub import Part, Source, open_part, open_weights
 from ..kernels import Attention, Blocks, choose_attention
 from ..lora import Adapter, Fitted, fit
 from ..models import Component, Family, Preset, control_names, find_model
+from ..sharding import check_weights
 from ..text import Tokenizer
 from .blueprint import Blueprint, Progress
 from .pipeline import Pipeline
@@ -71,6 +73,8 @@ def open_model(
     for net, part, spec in _controlnets(name, family, preset, controlnets):
         components[net], opened[net] = spec, part
         configs[net] = family.control_config(configs, part.config())
+    if mesh is not None:
+        _check_mesh(components, configs, mesh)
     return Blueprint(
         model,
         family,
@@ -89,6 +93,16 @@ def open_model(
         _fit(family, configs, loras, partial=lora_partial),
         lora_mode == "merge",
     )
+
+
+def _check_mesh(
+    components: Mapping[str, Component], configs: Mapping[str, Any], mesh: Mesh
+) -> None:
+    for name, component in components.items():
+        if component.stage == "denoiser":
+            leaves = leaf_paths(component.skeleton(configs[name]))
+            shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+            check_weights(name, shapes, component.rules, mesh)
 
 
 def _distilled(

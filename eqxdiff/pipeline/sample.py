@@ -1,7 +1,5 @@
 """The loop over the steps: an iterator, and the same step scanned."""
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from .._errors import SettingError
 from ..models import Modules
 from ..sampling import AbstractNetwork, Hook, Row, State, begin, sample, step
 from ..sampling.sample import Remat, finish, on_rows
@@ -44,7 +41,13 @@ class Step(NamedTuple):
 
 
 def steps(
-    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+    blueprint: Blueprint,
+    modules: Modules,
+    batch: Example,
+    hooks: Sequence[Hook] = (),
+    *,
+    begin: Callable[..., Any] | None = None,
+    advance: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
     """Yields the steps of a batch: progress, previews and cancelling are the caller's `for`.
 
@@ -55,8 +58,9 @@ def steps(
     - `modules`: those of the denoiser's stage.
     - `batch`: from `stack_examples`.
     - `hooks`: shared by all pictures.
+    - `begin`, `advance`: programs in place of `begin_batch` and `step_batch`.
     """
-    yield from start_loop(blueprint, modules, batch, hooks).steps()
+    yield from start_loop(blueprint, modules, batch, hooks, begin=begin, advance=advance).steps()
 
 
 class Started(NamedTuple):
@@ -70,32 +74,37 @@ class Started(NamedTuple):
 
     x: Float[Array, "n h w c"]
     state: State
+    advance: Callable[..., Any]
+    """Makes a step: `step_batch`, or a program in its place."""
 
     def steps(self) -> Iterator[Step]:
         """Yields the steps, as `steps` does."""
-        loop, x, state = self
+        loop, x, state, advance = self
         for index in range(loop.batch.recipe.schedule.alpha.shape[-1] - 1):
-            x, x0, row, state, used = _step((loop, jnp.asarray(index)), x, state)
+            x, x0, row, state, used = advance((loop, jnp.asarray(index)), x, state)
             yield Step(index, row, x, x0, used)
 
     def finish(self) -> tuple[Float[Array, "n h w c"], Mapping[str, str]]:
         """Takes all steps in one program. Returns the last latents, and `Step.attention`."""
-        return _finish(*self)
+        if self.advance is step_batch:
+            return _finish(self.loop, self.x, self.state)
+        *_, last = self.steps()
+        return last.x, last.attention
 
 
 def start_loop(
-    blueprint: Blueprint, modules: Modules, batch: Example, hooks: Sequence[Hook] = ()
+    blueprint: Blueprint,
+    modules: Modules,
+    batch: Example,
+    hooks: Sequence[Hook] = (),
+    *,
+    begin: Callable[..., Any] | None = None,
+    advance: Callable[..., Any] | None = None,
 ) -> Started:
     """Computes all that no step changes. **Arguments:** as of `steps`."""
     loop = Loop(modules, shard_batch(batch, blueprint.mesh), tuple(hooks), blueprint)
-    x, state, conditions = _begin(loop)
-    network = blueprint.model.network(modules, batch.shared, blueprint.compute_dtype)
-    if isinstance(network, AbstractNetwork) and on_rows(hooks):
-        batch = dataclasses.replace(loop.batch, conditions=conditions, ahead=True)
-        used = set(map(id, jax.tree.leaves(network.rest())))
-        modules = eqx.filter(modules, jax.tree.map(lambda leaf: id(leaf) in used, modules))
-        loop = Loop(modules, batch, loop.hooks, blueprint)
-    return Started(loop, x, state)
+    x, state, conditions = (begin or begin_batch)(loop)
+    return Started(loop.after(conditions), x, state, advance or step_batch)
 
 
 class Loop(eqx.Module):
@@ -105,6 +114,23 @@ class Loop(eqx.Module):
     batch: Example
     hooks: tuple[Hook, ...]
     blueprint: Blueprint = eqx.field(static=True)
+    ahead: bool = eqx.field(static=True, default=False)
+    """Whether the conditions of the batch are those that the network computed ahead."""
+
+    def after(self, conditions: PyTree) -> "Loop":
+        """Returns the loop of the steps, after `begin_batch` has computed the conditions ahead.
+
+        It has the modules that the steps still need, where the network can say which.
+        """
+        model, dtype = self.blueprint.model, self.blueprint.compute_dtype
+        network = model.network(self.modules, self.batch.shared, dtype)
+        if not isinstance(network, AbstractNetwork) or not on_rows(self.hooks):
+            return self
+        batch = eqx.tree_at(lambda batch: batch.conditions, self.batch, conditions)
+        used = set(map(id, jax.tree.leaves(network.rest())))
+        needed = jax.tree.map(lambda leaf: id(leaf) in used, self.modules)
+        modules = eqx.filter(self.modules, needed)
+        return Loop(modules, batch, self.hooks, self.blueprint, ahead=True)
 
     def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Maps a function of a denoiser, an example and more over the batch."""
@@ -112,14 +138,17 @@ class Loop(eqx.Module):
 
         def one(example: Example, *more: Any) -> PyTree:
             model, dtype = blueprint.model, blueprint.compute_dtype
-            denoiser = example.denoiser(model, self.modules, dtype)
+            denoiser = example.denoiser(model, self.modules, dtype, ahead=self.ahead)
             return function(denoiser, example, *more)
 
         return over_batch(one, blueprint.mesh)
 
 
 @eqx.filter_jit
-def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
+def begin_batch(loop: Loop) -> tuple[Array, State, PyTree]:
+    """Returns the latents of a batch before the first step, the solver's state, and the conditions
+    with all that no step changes computed ahead."""
+
     def one(denoiser, example):
         x, recipe = example.start(), example.recipe
         state = begin(denoiser, x, recipe.schedule, recipe.solver)
@@ -132,9 +161,14 @@ def _begin(loop: Loop) -> tuple[Array, State, PyTree]:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(
+def step_batch(
     fixed: tuple[Loop, Array], x: Float[Array, "n h w c"], state: State
 ) -> tuple[Array, Array, Row, State, dict[str, str]]:
+    """Makes one step of a batch: returns `x`, `x0`, the row that it began at, the solver's state
+    and the backend of each attention.
+
+    It gives the buffers of `x` and `state` away.
+    """
     loop, index = fixed
 
     def one(denoiser, example, x, state):
@@ -221,12 +255,3 @@ def decode_batch(
 def over_batch(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Maps over a batch that is split over the mesh; without the names XLA would gather it."""
     return jax.vmap(function, spmd_axis_name=None if mesh is None else BATCH_AXES)
-
-
-def check_divides(mesh: Mesh, batch_size: int) -> None:
-    """**Raises:** `SettingError` where a batch cannot be split over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
-        raise SettingError(
-            f"`batch_size` {batch_size} cannot be split over {ways} devices: use a multiple."
-        )

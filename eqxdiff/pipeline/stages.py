@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import numpy as np
 
+from ..distributed import ParkedArray
 from ..models import Modules
 from .blueprint import Blueprint, Progress
 from .pipeline import Pipeline
+from .programs import Programs
 
 
 Keep = Literal["device", "host", "nowhere"]
@@ -28,12 +29,14 @@ class AbstractStages(abc.ABC):
     - `blueprint`: of the model.
     - `ahead`: whether all prompts are encoded before the first picture is sampled.
     - `clock`: measures what takes how long.
+    - `programs`: run the networks.
     - `attention`: the backend of each shape of attention that has run.
     """
 
     blueprint: Blueprint
     ahead: bool
     clock: Clock
+    programs: Programs
     attention: dict[str, str]
 
     @abc.abstractmethod
@@ -58,7 +61,7 @@ class LoadedStages(AbstractStages):
     def __init__(self, pipe: Pipeline):
         self.blueprint, self.ahead, self.clock = pipe.blueprint, False, no_clock
         self.attention = {}
-        self._pipe = pipe
+        self.programs, self._pipe = Programs(), pipe
 
     @contextlib.contextmanager
     def text(self, *, last: bool) -> Iterator[Modules]:
@@ -84,6 +87,7 @@ class Stages(AbstractStages):
         *,
         progress: Progress | None = None,
         clock: Clock | None = None,
+        programs: Programs | None = None,
     ):
         """**Arguments:**
 
@@ -91,9 +95,11 @@ class Stages(AbstractStages):
             encodes all prompts first and then drops them.
         - `progress`: is told what is loaded.
         - `clock`: measures the time to `"load"`, to `"encode"` and to make the `"images"`.
+        - `programs`: run the networks; by default those that JAX traces and compiles.
         """
         self.blueprint, self.ahead = blueprint, keep == "nowhere"
         self.clock = no_clock if clock is None else clock
+        self.programs = programs or Programs()
         self.dtypes: dict[str, str] = {}
         self.attention = {}
         self._keep, self._progress = keep, progress
@@ -136,16 +142,12 @@ class Parked:
         kept = set(map(id, jax.tree.leaves(needed)))
         goes = lambda leaf: eqx.is_array(leaf) and id(leaf) not in kept
         arrays, self._rest = eqx.partition(dict(modules), goes)
-        self._arrays = jax.tree.map(np.asarray, arrays)
-        # An array that was put nowhere in particular goes back there, or all is compiled anew.
-        self._places = jax.tree.map(lambda x: x.sharding if x.committed else None, arrays)
+        self._arrays = jax.tree.map(ParkedArray, arrays)
 
     def back(self) -> dict[str, Any]:
         """Returns the modules on the device again."""
-        arrays, structure = jax.tree.flatten(self._arrays)
-        places = structure.flatten_up_to(self._places)
-        arrays = [jax.device_put(*pair) for pair in zip(arrays, places, strict=True)]
-        return eqx.combine(jax.tree.unflatten(structure, arrays), self._rest)
+        arrays = jax.tree.map(lambda parked: parked.back(), self._arrays)
+        return eqx.combine(arrays, self._rest)
 
 
 def dtypes_of(modules: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -97,9 +97,19 @@ class TextEncoder:
     - `attention`: the backend of each shape of attention so far.
     """
 
-    def __init__(self, blueprint: Blueprint, modules: Modules):
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        modules: Modules,
+        encode: Callable[..., PyTree] | None = None,
+    ):
+        """**Arguments:**
+
+        - `encode`: a program in place of `encode_text`.
+        """
         self.attention: dict[str, str] = {}
         self._blueprint, self._modules = blueprint, modules
+        self._encode = encode or encode_text
         self._known: dict[Any, PyTree] = {}
 
     def __call__(self, text: Text) -> PyTree:
@@ -107,7 +117,7 @@ class TextEncoder:
         leaves, structure = jax.tree.flatten(text.tokens)
         key = structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)
         if key not in self._known:
-            encoded, used = encode_text(self._blueprint, self._modules, text.tokens)
+            encoded, used = self._encode(self._blueprint, self._modules, text.tokens)
             self._known[key] = encoded
             self.attention |= used
         return self._known[key]

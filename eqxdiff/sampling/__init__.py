@@ -3,7 +3,7 @@
 Nothing here knows a model.
 """
 
-from .ahead import AbstractNetwork as AbstractNetwork, Table as Table
+from .ahead import AbstractNetwork as AbstractNetwork, RowTable as RowTable
 from .denoiser import (
     AbstractDenoiser as AbstractDenoiser,
     Denoiser as Denoiser,

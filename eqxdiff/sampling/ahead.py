@@ -41,7 +41,7 @@ class AbstractNetwork(eqx.Module):
         """
 
 
-class Table(eqx.Module):
+class RowTable(eqx.Module):
     """What a network computed ahead for each of some timesteps.
 
     **Fields:**

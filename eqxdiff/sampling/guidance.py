@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._dtypes import at_least_float32
 from .._errors import SettingError
 from .._types import Scalar
+from ..sharding import constrain, ways
 from .schedule import Row, Schedule, X
 
 
@@ -187,7 +188,8 @@ def condition_at(conditions: PyTree, index: int) -> PyTree:
 
 
 def predict_each(predict: Predict, conditions: PyTree, *, sequential: bool) -> X:
-    """Returns the outputs for all stacked conditions, on a leading axis.
+    """Returns the outputs for all stacked conditions, on a leading axis, which the axis `cfg` of
+    a mesh splits.
 
     **Arguments:**
 
@@ -198,7 +200,13 @@ def predict_each(predict: Predict, conditions: PyTree, *, sequential: bool) -> X
     def call(arrays):
         return predict(eqx.combine(arrays, static))
 
-    return jax.lax.map(call, arrays) if sequential else jax.vmap(call)(arrays)
+    if sequential:
+        return jax.lax.map(call, arrays)
+    count, size = jax.tree.leaves(arrays)[0].shape[0], ways("cfg")
+    if size == 1 or count % size:
+        return jax.vmap(call)(arrays)
+    arrays = jax.tree.map(lambda x: constrain(x, "roles", *[None] * (x.ndim - 1)), arrays)
+    return jax.vmap(call, spmd_axis_name="cfg")(arrays)
 
 
 def classifier_free(

@@ -12,9 +12,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .._errors import CheckpointError, TrainingError
+from ..distributed import is_first, wait_for_all
 from ..pipeline import cuts
+from ..sharding import check_batch, shard_batch
 from .batches import Batches, image_batches, latent_batches
 from .config import TrainConfig
 from .data import read_folder, read_image
@@ -34,7 +37,12 @@ LOG, STATES, SAMPLES, MODEL = "log.jsonl", "states", "samples", "model"
 
 
 def train(
-    config: TrainConfig, output: str | Path, *, resume: bool = False, report: Report | None = None
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Trains a model, and writes into `output` a log, sample pictures, states and the model.
 
@@ -46,6 +54,8 @@ def train(
     - `resume`: go on with the run in `output`. Its config must be the same in all that decides the
         numbers: only the number of steps, the intervals, the samples and the dtype of the finished
         model may differ.
+    - `mesh`: spreads the batch, and the parameters by their sharding rules. Of several processes
+        all call this with one folder, into which the first one writes.
 
     **Returns:** the folder of the model, in the published layout.
 
@@ -53,14 +63,17 @@ def train(
     the loss is not finite; `DataError`, `ConfigError`, `SettingError`, `PromptError`, `SourceError`
     or `CheckpointError`.
     """
-    report = report or (lambda event, facts: None)
+    if report is None or not is_first():
+        report = lambda event, facts: None
     note = lambda message: report("note", {"message": message})
     output, size = Path(output), (config.data.height, config.data.width)
     last = _last_state(output, config, resume)
+    wait_for_all()
+    check_batch(mesh, config.run.batch_size)
     examples = read_folder(config.data.folder, captions=not config.model.alone)
     images = np.stack([read_image(example.path, *size) for example in examples])
     note(f"{len(examples)} images from {config.data.folder}")
-    studio, params = open_studio(config)
+    studio, params = open_studio(config, mesh)
     if studio.vae is None:
         batches = image_batches(config, images)
     else:
@@ -92,7 +105,8 @@ def train(
     whole = lambda state: eqx.combine(state.averaged, studio.frozen)
     shown = images[np.linspace(0, len(images) - 1, config.sample.count).astype(int)]
     show = lambda state: write_samples(studio, jobs, whole(state), shown, output / SAMPLES)
-    state = _loop(config, task, state, batches, log, output / STATES, report, show)
+    split = lambda step: shard_batch(batches(step), mesh)
+    state = _loop(config, task, state, split, log, output / STATES, report, show)
     modules = whole(state)
     if studio.vae is None:
         modules["vae"] = measured(modules["vae"], images[:1024])
@@ -190,7 +204,7 @@ class Log:
     step: int
 
     def __post_init__(self):
-        if self.path.exists():
+        if self.path.exists() and is_first():
             kept = [line for line in self.path.read_text().splitlines() if self._before(line)]
             self.path.write_text("".join(f"{line}\n" for line in kept))
 
@@ -202,6 +216,8 @@ class Log:
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Appends a line. **Raises:** `CheckpointError` where it cannot be written."""
+        if not is_first():
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**facts, "time": round(time.time(), 1)}) + "\n")

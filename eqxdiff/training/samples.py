@@ -1,5 +1,6 @@
 """Sample pictures of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 
 from .._errors import CheckpointError
+from ..distributed import gather_rows, is_first, to_host
 from ..pipeline import Job, Pipeline, expand, generate_each, make_jobs, to_bytes
+from ..sharding import BATCH_AXES
 from .config import TrainConfig
 from .studio import Studio, blaming, reconstruct
 
@@ -50,14 +53,19 @@ def write_samples(
     **Raises:** `CheckpointError` where the sheet cannot be written.
     """
     if studio.vae is None:
-        made = np.asarray(reconstruct(modules["vae"], jnp.asarray(images)))
+        made = to_host(reconstruct(modules["vae"], jnp.asarray(images)))
         pictures = np.stack([images / 2 + 0.5, made], axis=1).reshape(-1, *images.shape[1:])
     elif not jobs:
         return None
     else:
         pipe = Pipeline({**modules, "vae": studio.vae}, studio.blueprint)
-        made = generate_each(pipe, jobs, batch_size=len(jobs))
-        pictures = np.stack([each.array for each in made if each.array is not None])
+        mesh = studio.blueprint.mesh
+        shares = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        made = generate_each(pipe, jobs, batch_size=-(-len(jobs) // shares) * shares)
+        rows = {each.index: each.array for each in made if each.array is not None}
+        pictures = gather_rows(rows, len(jobs), images.shape[1:])
+    if not is_first():
+        return None
     path = folder / f"{len(list(folder.glob('*.png'))):04d}.png"
     try:
         folder.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Training states on disk: one safetensors file of all arrays, written whole or not at all."""
 
+import collections
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 from .._errors import CheckpointError
 from ..checkpoint.load import dotted, is_leaf, leaf_paths
 from ..checkpoint.save import write_tensors
+from ..distributed import is_first, to_host
 from ..tensors import SafetensorsFile, TensorInfo
 
 
@@ -30,6 +32,8 @@ def save_state(
 ) -> Path:
     """Writes all arrays of a PyTree to `folder/step-NNNNNNNN`, and removes old states.
 
+    Of several processes all call this, and the first one writes.
+
     **Arguments:**
 
     - `facts`: JSON that is written beside the arrays.
@@ -40,11 +44,15 @@ def save_state(
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}.{secrets.token_hex(4)}"
-    leaves = {name: np.asarray(leaf) for name, leaf in leaf_paths(state).items()}
-    infos = {name: TensorInfo(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    leaves = leaf_paths(state)
+    infos = {name: TensorInfo(leaf.shape, np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    arrays = ((name, to_host(leaf)) for name, leaf in leaves.items())
+    if not is_first():
+        collections.deque(arrays, maxlen=0)
+        return target
     try:
         draft.mkdir(parents=True)
-        write_tensors(draft / ARRAYS, infos, iter(leaves.items()), {})
+        write_tensors(draft / ARRAYS, infos, arrays, {})
         (draft / FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -102,8 +110,15 @@ def load_state(path: Path, like: State) -> State:
         if not is_leaf(leaf):
             return leaf
         name = dotted(entries)
-        out = np.empty(found[name].shape, found[name].dtype)
-        source.read(name, tuple((0, size) for size in out.shape), out)
-        return jnp.array(out)
+
+        def part(index: Any) -> np.ndarray:
+            box = tuple(s.indices(n)[:2] for s, n in zip(index, found[name].shape, strict=True))
+            out = np.empty([high - low for low, high in box], found[name].dtype)
+            source.read(name, box, out)
+            return out
+
+        if not isinstance(leaf, jax.Array) or not leaf.committed:
+            return jnp.array(part((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     return jax.tree_util.tree_map_with_path(read, like)

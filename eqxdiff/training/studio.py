@@ -5,7 +5,7 @@ import dataclasses
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from .._dtypes import float32_products
 from .._errors import CheckpointError, SettingError
 from ..checkpoint import read_table, save_module
+from ..checkpoint.load import dotted
+from ..distributed import is_first, reshard, to_host
 from ..models import find_model
 from ..pipeline import Blueprint, open_model
+from ..sharding import Rule, parameter_sharding
 from ..vae import AutoencoderKL
 from .config import TrainConfig
 from .step import select
@@ -44,8 +48,12 @@ class Studio:
     settings: Any
 
 
-def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
+def open_studio(config: TrainConfig, mesh: Mesh | None = None) -> tuple[Studio, PyTree]:
     """Reads the configs and tokenizers, and loads the given components. The others begin at random.
+
+    **Arguments:**
+
+    - `mesh`: spreads the components over devices, by their sharding rules.
 
     **Returns:** the studio and the trained parameters, in float32.
 
@@ -65,6 +73,7 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
         parts=given,
         dtype=jnp.float32,
         compute_dtype=model.compute_dtype,
+        mesh=mesh,
         fast=False,
         attention=model.attention,
         attention_blocks=model.attention_blocks or None,  # pyright: ignore[reportArgumentType]
@@ -87,6 +96,9 @@ def open_studio(config: TrainConfig) -> tuple[Studio, PyTree]:
     with blaming("model.zero"):
         zero = select(modules, model.zero)
     modules = jax.tree.map(lambda x, wanted: jnp.zeros_like(x) if wanted else x, modules, zero)
+    if mesh is not None:
+        rules = {name: component.rules for name, component in blueprint.components.items()}
+        modules = {name: spread(module, rules[name], mesh) for name, module in modules.items()}
     if model.remat:
         modules = {name: with_remat(module) for name, module in modules.items()}
     with blaming("model.train"):
@@ -101,6 +113,17 @@ def blaming(key: str) -> Iterator[None]:
         yield
     except (SettingError, ValueError) as error:
         raise SettingError(f"{key}: {error}") from None
+
+
+def spread(module: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Spreads the parameters of a module over a mesh."""
+
+    def place(path: Any, leaf: Any) -> Any:
+        if not eqx.is_array(leaf):
+            return leaf
+        return reshard(leaf, parameter_sharding(dotted(path), leaf.shape, rules, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, module)
 
 
 def with_remat(module: Any) -> Any:
@@ -127,7 +150,7 @@ def encode_images(
     parts = [
         encode_batch(vae, jnp.asarray(padded[i : i + batch])) for i in range(0, len(padded), batch)
     ]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(images)]
+    return np.concatenate([to_host(part) for part in parts])[: len(images)]
 
 
 @eqx.filter_jit
@@ -150,11 +173,18 @@ def write_model(
 ) -> None:
     """Writes the modules with their configs and tokenizers, in place of what the folder held.
 
+    Of several processes all call this, and the first one writes.
+
     **Raises:** `CheckpointError` where the folder cannot be written; its old content stays.
     """
     blueprint, save_dtype = studio.blueprint, jnp.dtype(config.model.save_dtype)
     draft, old = (folder.with_name(f".{secrets.token_hex(4)}") for _ in range(2))
     cast = lambda x: x.astype(save_dtype) if eqx.is_inexact_array(x) else x
+    if not is_first():
+        for name, module in modules.items():
+            table = read_table(blueprint.components[name].table)
+            save_module(jax.tree.map(cast, module), table, draft / name)
+        return
     try:
         template = shutil.ignore_patterns("*.safetensors*")
         shutil.copytree(config.model.folder, draft, ignore=template)

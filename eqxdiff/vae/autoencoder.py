@@ -14,6 +14,7 @@ from jaxtyping import Array, DTypeLike, Float
 from .._dtypes import at_least_float32
 from .._types import PRNGKey
 from ..nn import AbstractConv2d, Conv2d, GroupNorm, silu
+from ..sharding import constrain
 from .blocks import EPS, DecoderLevel, EncoderLevel, MiddleLevel
 from .config import AutoencoderKLConfig
 
@@ -44,9 +45,9 @@ class Encoder(eqx.Module):
         )
 
     def __call__(self, image: Float[Array, "H W channels"]) -> Float[Array, "h w moments"]:
-        x = self.conv_in(image)
+        x = self.conv_in(constrain(image, "rows", None, None))
         for block in self.down_blocks:
-            x = block(x)
+            x = constrain(block(x), "rows", None, None)
         return self.finish(x)
 
     def finish(self, x: Float[Array, "h w c"]) -> Float[Array, "h w moments"]:
@@ -77,9 +78,9 @@ class Decoder(eqx.Module):
         )
 
     def __call__(self, z: Float[Array, "h w latent"]) -> Float[Array, "H W channels"]:
-        x = self.start(z)
+        x = self.start(constrain(z, "rows", None, None))
         for block in self.up_blocks:
-            x = block(x)
+            x = constrain(block(x), "rows", None, None)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     def start(self, z: Float[Array, "h w latent"]) -> Float[Array, "h w c"]:

@@ -50,5 +50,5 @@ def test_the_checks_pass_unbroken(name, root):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_mutation_is_seen(mutation, root):
-    with mutated(mutation), pytest.raises(AssertionError):
+    with mutated(mutation, fresh=[test_flux2]), pytest.raises(AssertionError):
         check(mutation.check, root)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..._types import Scalar
-from ...sampling import Table
 
 
 class FluxTokens(eqx.Module):
@@ -32,21 +31,6 @@ class FluxShared(eqx.Module):
     """What FLUX.1 is told of a picture besides its prompts: the embedded guidance scale."""
 
     guidance: Scalar | None
-
-
-class FluxAhead(eqx.Module):
-    """What `FluxPredictor` computes of a prompt ahead.
-
-    **Fields:**
-
-    - `txt`: the embedded text.
-    - `pe`: the cosines and sines of the positions.
-    - `modulations`: the `Modulations` of each timestep.
-    """
-
-    txt: Float[Array, "*roles tokens dim"]
-    pe: Float[Array, "*roles tokens+pixels 2 half"]
-    modulations: Table
 
 
 def patchify(x: Float[Array, "h w c"]) -> Float[Array, "h*w//4 4*c"]:

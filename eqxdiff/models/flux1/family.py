@@ -15,7 +15,7 @@ from ...text import (
     rules as text_rules,
 )
 from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
-from .._example import read_example
+from .._example import read_example, read_published
 from .._family import Component, Family, Preset
 from .._index import read_index
 from . import embedded, forms, rules
@@ -90,6 +90,7 @@ FLUX1 = Family(
     parse_scheduler=partial(parse_flow_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=partial(read_example, files("eqxdiff.models.flux1") / "example.json"),
+    published=partial(read_published, files("eqxdiff.models.flux1")),
     files=FILES,
     lora=LORA,
 )

@@ -5,12 +5,11 @@ names and the split projections of `FluxTransformer2DModel` of diffusers.
 """
 
 import abc
-from collections.abc import Callable
-from typing import ClassVar, Self
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from ..._dtypes import at_least_float32
@@ -29,6 +28,7 @@ from ...nn import (
     silu,
     sinusoid,
 )
+from ...sharding import join_streams, split_streams, ways
 from .config import TransformerConfig
 
 
@@ -36,6 +36,7 @@ EPS = 1e-6
 SINUSOID_DIM = 256
 
 Heads = Float[Array, "tokens heads head_dim"]
+Blocks = TypeVar("Blocks", bound=eqx.Module)
 
 
 class AbstractModulation(eqx.Module):
@@ -67,6 +68,21 @@ class Given(AbstractModulation):
 
     def __call__(self, vec: Float[Array, " dim"] | None) -> Float[Array, "count dim"]:
         return self.values
+
+
+def modulate_ahead(
+    blocks: Blocks, names: Sequence[str], vec: Float[Array, " dim"] | None
+) -> Blocks:
+    """Computes the modulations `names` of all stacked blocks, and puts them in their places.
+
+    Where `fsdp` splits the weights, this is one small sum for all blocks, and not one within each.
+    Elsewhere the blocks stay as they are.
+    """
+    if vec is None or ways("fsdp") == 1:
+        return blocks
+    where = lambda blocks: tuple(getattr(blocks, name) for name in names)
+    given = eqx.filter_vmap(lambda norm: Given(norm(vec)))
+    return eqx.tree_at(where, blocks, tuple(map(given, where(blocks))))
 
 
 def modulate(
@@ -158,9 +174,9 @@ class JointAttention(AbstractRotary):
         img_qkv = split_heads(img, *to_qkv, *norms, self.heads)
         to_qkv = self.add_q_proj, self.add_k_proj, self.add_v_proj
         txt_qkv = split_heads(txt, *to_qkv, self.norm_added_q, self.norm_added_k, self.heads)
-        q, k, v = (jnp.concatenate(pair) for pair in zip(txt_qkv, img_qkv, strict=True))
+        q, k, v = (join_streams(*pair) for pair in zip(txt_qkv, img_qkv, strict=True))
         out = attend(q, k, v, pe, self.order, self.bounded)
-        txt, img = jnp.split(out, [txt.shape[0]])
+        txt, img = split_streams(out, txt.shape[0])
         return self.to_out(img), self.to_add_out(txt)
 
 

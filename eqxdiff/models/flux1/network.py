@@ -27,6 +27,7 @@ from ...nn import (
     side_by_side,
     stack,
 )
+from ...sharding import constrain, join_streams, split_streams
 from .config import TransformerConfig
 from .layers import (
     AbstractModulation,
@@ -36,6 +37,7 @@ from .layers import (
     SelfAttention,
     TimeTextEmbedding,
     modulate,
+    modulate_ahead,
 )
 
 
@@ -219,16 +221,22 @@ class Transformer(eqx.Module):
 
         `vec` may be `None` in a transformer that is `modulated`.
         """
-        img = self.x_embedder(img)
-        double = lambda block, streams: block(*streams, vec, pe)
-        blocks, remat = self.transformer_blocks, self.remat
+        tokens, remat = txt.shape[0], self.remat
+        spread = lambda x: constrain(x, "tokens", None)
+        img, txt = spread(self.x_embedder(img)), spread(txt)
+        pe = join_streams(pe[:tokens], pe[tokens:])
+
+        double = lambda block, streams: tuple(map(spread, block(*streams, vec, pe)))
+        blocks = modulate_ahead(self.transformer_blocks, ("norm1", "norm1_context"), vec)
         (img, txt), doubles = fold(blocks, (img, txt), double, remat=remat, keep=keep)
-        x = jnp.concatenate([txt, img])
-        single = lambda block, x: block(x, vec, pe)
-        x, singles = fold(self.single_transformer_blocks, x, single, remat=remat, keep=keep)
+        x = join_streams(txt, img)
+        single = lambda block, x: spread(block(x, vec, pe))
+        blocks = modulate_ahead(self.single_transformer_blocks, ("norm",), vec)
+        in_order = lambda x: keep(jnp.concatenate(split_streams(x, tokens)))
+        x, singles = fold(blocks, x, single, remat=remat, keep=in_order)
 
         scale, shift = self.norm_out(vec)
-        velocity = self.proj_out(modulate(x[txt.shape[0] :], shift, scale))
+        velocity = self.proj_out(modulate(split_streams(x, tokens)[1], shift, scale))
         return velocity, BlockOutputs(doubles, singles)
 
     def rope(self, positions: Float[Array, "tokens 3"]) -> Float[Array, "tokens 2 half"]:

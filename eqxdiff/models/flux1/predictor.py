@@ -5,9 +5,24 @@ import jax
 from jaxtyping import Array, DTypeLike, Float
 
 from ..._types import Image
-from ...sampling import AbstractNetwork, Row, Table
-from .conditioning import FluxAhead, FluxCondition, FluxShared, patchify, positions, unpatchify
+from ...sampling import AbstractNetwork, Row, RowTable
+from .conditioning import FluxCondition, FluxShared, patchify, positions, unpatchify
 from .network import Transformer
+
+
+class FluxAhead(eqx.Module):
+    """What `FluxPredictor` computes of a prompt ahead.
+
+    **Fields:**
+
+    - `txt`: the embedded text.
+    - `pe`: the cosines and sines of the positions.
+    - `modulations`: the `Modulations` of each timestep.
+    """
+
+    txt: Float[Array, "*roles tokens dim"]
+    pe: Float[Array, "*roles places 2 half"]
+    modulations: RowTable
 
 
 class FluxPredictor(AbstractNetwork):
@@ -36,7 +51,7 @@ class FluxPredictor(AbstractNetwork):
         h, w, _ = x.shape
         transformer, pooled = self.transformer, condition.pooled.astype(self.dtype)
         embed = lambda t: transformer.time_text_embed(t, self.shared.guidance, pooled)
-        table = Table(timesteps, transformer.modulations(jax.vmap(embed)(timesteps)))
+        table = RowTable(timesteps, transformer.modulations(jax.vmap(embed)(timesteps)))
         txt = transformer.context_embedder(condition.txt.astype(self.dtype))
         return FluxAhead(txt, transformer.rope(positions(txt.shape[0], h, w)), table)
 

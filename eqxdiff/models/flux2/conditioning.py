@@ -4,7 +4,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..._types import Image, Scalar
+from ..._types import Scalar
 
 
 REFERENCE_DISTANCE = 10
@@ -34,7 +34,7 @@ class Flux2Shared(eqx.Module):
     - `guidance`: the embedded guidance scale, in models that embed one.
     """
 
-    references: tuple[Image, ...]
+    references: tuple[Float[Array, "_ _ channels"], ...]
     guidance: Scalar | None
 
 

@@ -54,7 +54,7 @@ def modulate_by(
     return layer_norm(x, 1 + scale.astype(at_least_float32(scale.dtype)), shift, eps=eps)
 
 
-def swiglu(x: Float[Array, "*tokens 2*hidden"]) -> Float[Array, "*tokens hidden"]:
+def swiglu(x: Float[Array, "*tokens both"]) -> Float[Array, "*tokens half"]:
     """Computes `silu(first half) * second half` (https://arxiv.org/abs/2002.05202)."""
     gate, up = jnp.split(x, 2, axis=-1)
     return silu(gate) * up

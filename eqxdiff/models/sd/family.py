@@ -6,7 +6,7 @@ from importlib.resources import files
 from ...sampling import parse_discrete_config
 from ...text import CLIPTextConfig, CLIPTextModel, forms as text_forms, rules as text_rules
 from ...vae import AutoencoderKL, AutoencoderKLConfig, forms as vae_forms, rules as vae_rules
-from .._example import read_example
+from .._example import read_example, read_published
 from .._family import Component, Family, Preset
 from ..unet import forms as unet_forms
 from ..unet.config import UNetConfig
@@ -88,6 +88,7 @@ STABLE_DIFFUSION = Family(
     parse_scheduler=partial(parse_discrete_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=partial(read_example, files("eqxdiff.models.sd") / "example.json"),
+    published=partial(read_published, files("eqxdiff.models.sd")),
     files=FILES,
     lora=LORA,
     controlnet=CONTROL_COMPONENT,

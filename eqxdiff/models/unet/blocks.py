@@ -20,6 +20,7 @@ from ...nn import (
     Linear,
     ResnetBlock2D,
     Upsample2D,
+    each,
     fold,
     gelu_erf,
     stack,
@@ -30,6 +31,20 @@ from .config import UNetConfig
 LAYER_NORM_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6
 MLP_RATIO = 4
+
+
+class Keys(eqx.Module):
+    """What attention to a prompt computes of the prompt, in a stack of blocks of each."""
+
+    k: Float[Array, "*layers tokens heads dim"]
+    v: Float[Array, "*layers tokens heads dim"]
+
+
+Context = Float[Array, "tokens context_dim"] | Keys
+"""A prompt's hidden states, or their keys and values for these weights."""
+
+LevelContext = Float[Array, "tokens context_dim"] | tuple[Keys, ...]
+"""The same for the transformers of a level."""
 
 
 class Attention(eqx.Module):
@@ -53,12 +68,17 @@ class Attention(eqx.Module):
         )
         return cls(q, k, v, Linear.init(dim, dim, key=keys[3], dtype=dtype), heads)
 
+    def keys(self, context: Float[Array, "tokens context_dim"]) -> Keys:
+        """Returns the keys and values of what is attended to."""
+        k, v = self.to_k(context), self.to_v(context)
+        return Keys(*(y.reshape(y.shape[0], self.heads, -1) for y in (k, v)))
+
     def __call__(
-        self, x: Float[Array, "pixels dim"], context: Float[Array, "tokens context_dim"]
+        self, x: Float[Array, "pixels dim"], context: Context
     ) -> Float[Array, "pixels dim"]:
-        split = lambda y: y.reshape(y.shape[0], self.heads, -1)
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attention(split(q), split(k), split(v)).reshape(x.shape))
+        keys = context if isinstance(context, Keys) else self.keys(context)
+        q = self.to_q(x).reshape(x.shape[0], self.heads, -1)
+        return self.to_out(attention(q, keys.k, keys.v).reshape(x.shape))
 
 
 class GatedMLP(eqx.Module):
@@ -107,12 +127,19 @@ class TransformerBlock(eqx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "pixels dim"], context: Float[Array, "tokens context_dim"]
+        self, x: Float[Array, "pixels dim"], context: Context
     ) -> Float[Array, "pixels dim"]:
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+
+class _Prompted(eqx.Module):
+    """Stacked blocks, each with its keys of the prompt."""
+
+    block: TransformerBlock
+    keys: Keys
 
 
 class SpatialTransformer(eqx.Module):
@@ -138,13 +165,33 @@ class SpatialTransformer(eqx.Module):
             project(keys[2]),
         )
 
+    def keys(self, context: Float[Array, "tokens context_dim"]) -> Keys:
+        """Returns the keys and values of a prompt in each block."""
+        return each(self.transformer_blocks, lambda block: block.attn2.keys(context))
+
+    def without_keys(self) -> "SpatialTransformer":
+        """Returns the transformer without the weights that `keys` uses."""
+        where = lambda t: (t.transformer_blocks.attn2.to_k, t.transformer_blocks.attn2.to_v)
+        return eqx.tree_at(where, self, (None, None))
+
     def __call__(
-        self, x: Float[Array, "h w c"], context: Float[Array, "tokens context_dim"], remat: bool
+        self, x: Float[Array, "h w c"], context: Context, remat: bool
     ) -> Float[Array, "h w c"]:
         y = self.proj_in(self.norm(x)).reshape(-1, x.shape[-1])
-        attend = lambda block, y: block(y, context)
-        y, _ = fold(self.transformer_blocks, y, attend, remat=remat)
+        blocks = self.transformer_blocks
+        if isinstance(context, Keys):
+            attend = lambda pair, y: pair.block(y, pair.keys)
+            y, _ = fold(_Prompted(blocks, context), y, attend, remat=remat)
+        else:
+            y, _ = fold(blocks, y, lambda block, y: block(y, context), remat=remat)
         return x + self.proj_out(y.reshape(x.shape))
+
+
+def _contexts(
+    transformers: tuple[SpatialTransformer, ...], context: LevelContext
+) -> tuple[Context, ...]:
+    """Returns the context of each transformer of a level."""
+    return context if isinstance(context, tuple) else (context,) * len(transformers)
 
 
 def _resnet(cfg: UNetConfig, in_channels: int, out_channels: int, **kwargs) -> ResnetBlock2D:
@@ -179,14 +226,15 @@ class DownBlock(eqx.Module):
         self,
         x: Float[Array, "h w in"],
         temb: Float[Array, " temb"],
-        context: Float[Array, "tokens context_dim"],
+        context: LevelContext,
         remat: bool,
     ) -> list[Float[Array, "_ _ out"]]:
         """Returns the output of each layer; the last output is the level's."""
         outputs = []
-        for resnet, attend in zip_longest(self.resnets, self.attentions):
+        contexts = _contexts(self.attentions, context)
+        for resnet, attend, of in zip_longest(self.resnets, self.attentions, contexts):
             x = resnet(x, temb)
-            x = x if attend is None else attend(x, context, remat)
+            x = x if attend is None else attend(x, of, remat)
             outputs.append(x)
         return outputs + [downsample(x) for downsample in self.downsamplers]
 
@@ -207,10 +255,11 @@ class MidBlock(eqx.Module):
         self,
         x: Float[Array, "h w c"],
         temb: Float[Array, " temb"],
-        context: Float[Array, "tokens context_dim"],
+        context: LevelContext,
         remat: bool,
     ) -> Float[Array, "h w c"]:
-        x = self.attentions[0](self.resnets[0](x, temb), context, remat)
+        (own,) = _contexts(self.attentions, context)
+        x = self.attentions[0](self.resnets[0](x, temb), own, remat)
         return self.resnets[1](x, temb)
 
 
@@ -245,7 +294,7 @@ class UpBlock(eqx.Module):
         x: Float[Array, "h w in"],
         skips: list[Float[Array, "_ _ _"]],
         temb: Float[Array, " temb"],
-        context: Float[Array, "tokens context_dim"],
+        context: LevelContext,
         remat: bool,
     ) -> tuple[Float[Array, "_ _ out"], list[Float[Array, "_ _ _"]]]:
         """Returns the output and the remaining skips.
@@ -254,9 +303,10 @@ class UpBlock(eqx.Module):
         last skip that remains.
         """
         own, skips = skips[-len(self.resnets) :], skips[: -len(self.resnets)]
-        for resnet, attend in zip_longest(self.resnets, self.attentions):
+        contexts = _contexts(self.attentions, context)
+        for resnet, attend, of in zip_longest(self.resnets, self.attentions, contexts):
             x = resnet(jnp.concatenate([x, own.pop()], axis=-1), temb)
-            x = x if attend is None else attend(x, context, remat)
+            x = x if attend is None else attend(x, of, remat)
         for upsample in self.upsamplers:
             x = upsample(x, (skips[-1].shape[0], skips[-1].shape[1]))
         return x, skips

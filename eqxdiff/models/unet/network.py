@@ -4,7 +4,7 @@ Source: https://arxiv.org/abs/2112.10752 and https://arxiv.org/abs/2307.01952; t
 of `UNet2DConditionModel` of diffusers.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import equinox as eqx
 import jax
@@ -22,7 +22,8 @@ from ...nn import (
     silu,
     sinusoid,
 )
-from .blocks import DownBlock, MidBlock, UpBlock
+from ...sharding import constrain
+from .blocks import DownBlock, Keys, MidBlock, SpatialTransformer, UpBlock
 from .config import UNetConfig
 
 
@@ -126,6 +127,14 @@ class Residuals(eqx.Module):
     mid: Float[Array, "h w c"]
 
 
+class PromptKeys(eqx.Module):
+    """The keys and values of a prompt in every transformer of a UNet, level by level."""
+
+    down: tuple[tuple[Keys, ...], ...]
+    mid: tuple[Keys, ...]
+    up: tuple[tuple[Keys, ...], ...]
+
+
 class LevelOutputs(NamedTuple):
     """What the levels of a UNet put out, before a ControlNet adds to it."""
 
@@ -178,7 +187,7 @@ class UNet(eqx.Module):
         self,
         x: Float[Array, "h w channels"],
         timestep: Scalar,
-        context: Float[Array, "tokens context_dim"],
+        context: Float[Array, "tokens context_dim"] | PromptKeys,
         added: AddedConditioning | None = None,
         *,
         guidance: Scalar | None = None,
@@ -190,7 +199,7 @@ class UNet(eqx.Module):
 
         - `x`: the noisy latent, scaled as the parameterization wants it.
         - `timestep`: in thousandths: 0 is data and 1000 is noise. At least float32.
-        - `context`: the prompt's hidden states, in the dtype of `x`.
+        - `context`: the prompt's hidden states, in the dtype of `x`, or what `keys` made of them.
         - `added`: for a config with `addition_embed_type`.
         - `guidance`: the guidance scale, for a config with `time_cond_proj_dim`.
         - `residuals`: the sum of the residuals of all ControlNets.
@@ -205,7 +214,7 @@ class UNet(eqx.Module):
         self,
         x: Float[Array, "h w channels"],
         timestep: Scalar,
-        context: Float[Array, "tokens context_dim"],
+        context: Float[Array, "tokens context_dim"] | PromptKeys,
         added: AddedConditioning | None = None,
         *,
         guidance: Scalar | None = None,
@@ -214,16 +223,39 @@ class UNet(eqx.Module):
         """Does what `__call__` does, and also returns what the levels put out."""
         embedders = self.time_embedding, self.add_embedding
         temb = embed_time(self.config, *embedders, timestep, added, guidance, x.dtype)
-        skips = [self.conv_in(x)]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, context, self.remat)
-        x = self.mid_block(skips[-1], temb, context, self.remat)
-        down, mid, up = tuple(skips), x, []
+        skips = [self.conv_in(constrain(x, "rows", None, None))]
+        down, mid, up = _by_level(context, len(self.down_blocks))
+        for block, prompt in zip(self.down_blocks, down, strict=True):
+            skips += block(skips[-1], temb, prompt, self.remat)
+        x = self.mid_block(skips[-1], temb, mid, self.remat)
+        outputs, middle, ups = tuple(skips), x, []
         if residuals is not None:
             skips = [skip + y for skip, y in zip(skips, residuals.down, strict=True)]
             x = x + residuals.mid
-        for block in self.up_blocks:
-            x, skips = block(x, skips, temb, context, self.remat)
-            up.append(x)
+        for block, prompt in zip(self.up_blocks, up, strict=True):
+            x, skips = block(x, skips, temb, prompt, self.remat)
+            ups.append(x)
         x = self.conv_out(silu(self.conv_norm_out(x)))
-        return x, LevelOutputs(down, mid, tuple(up))
+        return x, LevelOutputs(outputs, middle, tuple(ups))
+
+    def keys(self, context: Float[Array, "tokens context_dim"]) -> PromptKeys:
+        """Returns the keys and values of a prompt, which no step changes."""
+        of = lambda level: tuple(each.keys(context) for each in level.attentions)
+        return PromptKeys(
+            tuple(of(level) for level in self.down_blocks),
+            of(self.mid_block),
+            tuple(of(level) for level in self.up_blocks),
+        )
+
+    def without_keys(self) -> "UNet":
+        """Returns the UNet for `PromptKeys` alone, without the weights that `keys` uses."""
+        is_transformer = lambda node: isinstance(node, SpatialTransformer)
+        drop = lambda node: node.without_keys() if is_transformer(node) else node
+        return jax.tree.map(drop, self, is_leaf=is_transformer)
+
+
+def _by_level(context: Array | PromptKeys, levels: int) -> tuple[Any, Any, Any]:
+    """Returns the context of each level on the way down, of the middle, and on the way up."""
+    if isinstance(context, PromptKeys):
+        return context.down, context.mid, context.up
+    return (context,) * levels, context, (context,) * levels

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from ..._types import Image, Scalar
-from ...sampling import Row
+from ...sampling import AbstractNetwork, Row
 from .._model import Control, Inputs
 from .controlnet import ControlNet, sum_residuals
-from .network import AddedConditioning, Residuals, UNet
+from .network import AddedConditioning, PromptKeys, Residuals, UNet
 
 
 class UNetCondition(eqx.Module):
@@ -17,12 +17,12 @@ class UNetCondition(eqx.Module):
 
     **Fields:**
 
-    - `context`: the prompt's hidden states, padding included.
+    - `context`: the prompt's hidden states, padding included, or what the UNet made of them ahead.
     - `added`: the pooled prompt and the sizes, for SDXL.
     - `wanted`: 1 for the prompt that guidance leads to, 0 for the one it leads away from.
     """
 
-    context: Float[Array, "*roles tokens context_dim"]
+    context: Float[Array, "*roles tokens context_dim"] | PromptKeys
     added: AddedConditioning | None
     wanted: Float[Array, "*roles"]
 
@@ -50,7 +50,7 @@ class UNetShared(eqx.Module):
         return cls(guidance, inpaint, inputs.controls)
 
 
-class UNetPredictor(eqx.Module):
+class UNetPredictor(AbstractNetwork):
     """A UNet as `(latent, row, condition) -> output`, for one picture."""
 
     unet: UNet
@@ -63,15 +63,28 @@ class UNetPredictor(eqx.Module):
         latent = x
         if self.shared.inpaint is not None:
             latent = jnp.concatenate([x, self.shared.inpaint.astype(x.dtype)], axis=-1)
+        context = condition.context
         output = self.unet(
             latent.astype(self.dtype),
             row.timestep,
-            condition.context.astype(self.dtype),
+            context if isinstance(context, PromptKeys) else context.astype(self.dtype),
             condition.added,
             guidance=self.shared.guidance,
             residuals=residuals,
         )
         return output.astype(x.dtype)
+
+    def ahead(
+        self, x: Image, timesteps: Float[Array, " rows"], condition: UNetCondition
+    ) -> UNetCondition:
+        """Computes the prompt's keys and values. The embedded timesteps stay in the loop: their
+        layers are small."""
+        assert not isinstance(condition.context, PromptKeys)
+        keys = self.unet.keys(condition.context.astype(self.dtype))
+        return UNetCondition(keys, condition.added, condition.wanted)
+
+    def rest(self) -> "UNetPredictor":
+        return UNetPredictor(self.unet.without_keys(), self.shared, self.dtype)
 
 
 class Controlled(eqx.Module):
@@ -89,14 +102,15 @@ class Controlled(eqx.Module):
         self, net: ControlNet, control: Control, x: Image, row: Row, condition: UNetCondition
     ) -> Residuals:
         """What one ControlNet adds: nothing outside its interval."""
-        dtype = self.network.dtype
+        dtype, context = self.network.dtype, condition.context
+        assert not isinstance(context, PromptKeys)
         scale = control.scale * condition.wanted if control.guess else control.scale
 
         def call() -> Residuals:
             return net(
                 x.astype(dtype),
                 row.timestep,
-                condition.context.astype(dtype),
+                context.astype(dtype),
                 control.image.astype(dtype),
                 condition.added,
                 scale=scale,
