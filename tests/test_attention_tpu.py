@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqxdiff.kernels import attending, attention, choose_attention
 from eqxdiff.models.flux1 import Transformer, TransformerConfig, positions
-from eqxdiff.sharding import make_mesh
+from eqxdiff.sharding import make_mesh, on_mesh
 
 
 V6E, V5E = "TPU v6 lite", "TPU v5 lite"
@@ -169,7 +169,7 @@ def test_heads_and_batch_are_split_over_devices():
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
     arrays = [jax.device_put(x, place) for x in (q, k, v)]
     one = lambda *qkv: attention(*qkv, implementation="pallas_tpu")
-    with interpreted(mesh=mesh):
+    with interpreted(mesh=mesh), on_mesh(mesh):
         out = jax.jit(jax.vmap(one, spmd_axis_name=("data", "fsdp")))(*arrays)
     assert out.sharding.is_equivalent_to(place, out.ndim)
     assert relative_error(out[1], define(q[1], k[1], v[1])) < 1e-6
@@ -210,7 +210,7 @@ def lower(function, mesh: Mesh, device: str, *arrays):
     choice = dataclasses.replace(
         choose_attention(mesh=mesh), backends=("pallas_tpu",), chosen=True, device=device
     )
-    with attending(choice) as used:
+    with attending(choice) as used, on_mesh(mesh):
         compiled = jax.jit(function).lower(*jax.tree.map(put, arrays)).compile()
     return compiled.as_text(), used
 

@@ -19,7 +19,7 @@ import eqxdiff
 from eqxdiff import ControlImage, Hook, Request
 from eqxdiff.pipeline import Job, stack_examples, texts
 from eqxdiff.pipeline.inputs import encode_image
-from eqxdiff.pipeline.sample import Loop, _begin, _step, decode_batch
+from eqxdiff.pipeline.sample import Loop, begin_batch, decode_batch, step_batch
 from eqxdiff.sampling import AbstractGuider, Unguided
 from eqxdiff.training import LogitNormal, Task, gradients
 from eqxdiff.training.objectives import AutoencoderObjective, DenoiserObjective
@@ -453,7 +453,7 @@ def programs(pipe) -> dict:
     model, dtype = blueprint.model, blueprint.compute_dtype
     batch = stack_examples([example], 1)
     loop = Loop(pipe.stage("denoiser"), batch, (), blueprint)
-    x, state, _ = _begin(loop)
+    x, state, _ = begin_batch(loop)
     tokens = Job.make(blueprint, 0, Request.make("a cat", **SMALL)).texts["prompt"].tokens
     image, vae = jnp.zeros((32, 48, 3)), pipe.stage("vae")
 
@@ -472,7 +472,7 @@ def programs(pipe) -> dict:
         )
 
     return {
-        "step": _step.lower((loop, jnp.asarray(0)), x, state),
+        "step": step_batch.lower((loop, jnp.asarray(0)), x, state),
         "text": texts.encode_text.lower(blueprint, pipe.stage("text"), tokens),
         "decode": decode_batch.lower(blueprint, vae, x, False),
         "encode": encode_image.lower(blueprint, vae, image, example.noise, False),

@@ -141,9 +141,9 @@ class Blueprint:
         """
         tensors, table, skeleton, dtype = self._files(name)
         module = loaded_shapes(tensors, table, skeleton, dtype=dtype, name=name)
-        if self.adapters is None or self.merged:
-            return module
-        return eqx.filter_eval_shape(apply_fitted, {name: module}, self.adapters)[name]
+        if self.adapters is not None and not self.merged:
+            module = eqx.filter_eval_shape(apply_fitted, {name: module}, self.adapters)[name]
+        return eqx.filter_eval_shape(fast, module) if self.fast else module
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of a component's tensors, from the headers of its files."""

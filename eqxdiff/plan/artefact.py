@@ -60,13 +60,15 @@ def compile_picture(
         blueprint = dataclasses.replace(blueprint, attention=attention_for(platform))
     skeletons = Skeletons.of(blueprint)
     programs, encoded = make_programs(skeletons, job, batch_size)
+    weights: dict[str, str] = {}
+    for one in programs:  # the first program of a stage takes all of its weights
+        weights.setdefault(one.stage, signature(one.weights))
     header = {
         "schema": SCHEMA,
         "platform": platform,
         "jax": jax.__version__,
         **facts(blueprint, job, batch_size),
-        # The first program of a stage takes all of its weights.
-        "weights": {one.stage: signature(one.weights) for one in reversed(programs)},
+        "weights": weights,
         "state": len(jax.tree.leaves(programs[1].outputs[1])),
         "inputs": {one.name: signature(one.inputs) for one in programs},
         "attention": {one.name: dict(one.attention) for one in programs},

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from .._errors import SettingError
 from ..checkpoint import leaf_paths
+from ..kernels import AttentionChoice
 from ..models import Component, check_range
 from ..sharding import (
     AXES,
@@ -164,9 +165,14 @@ def _programs(
     on_cpu: bool,
     train: bool,
     context: int,
+    tensor: int,
 ) -> tuple[Any, tuple[tuple[Program, Cost], ...]]:
     """Returns the job, and the programs with their costs on one device."""
     job = make_job(skeletons, dict(settings))
+    if not on_cpu:  # whose attention computes in float32
+        choice = AttentionChoice(("chunked",), unknown_devices=True)
+        own = dataclasses.replace(skeletons.blueprint, attention=choice)
+        skeletons = dataclasses.replace(skeletons, blueprint=own)
     found = []
     if train:
         programs = [training_program(skeletons, job, batch_size)]
@@ -179,8 +185,9 @@ def _programs(
             for path, leaf in leaf_paths(program.weights[name]).items()
         ]
         split = contextlib.nullcontext()
-        if context > 1 and program.stage != "text":
-            split = jax.sharding.use_abstract_mesh(_abstract_mesh({"context": context}))
+        if max(context, tensor) > 1 and program.stage != "text":
+            sizes = {"context": context, "tensor": tensor}
+            split = jax.sharding.use_abstract_mesh(_abstract_mesh(sizes))
         with split:
             arguments = program.weights, *program.inputs
             cost = count(program.function, *arguments, axes=axes, on_cpu=on_cpu)
@@ -206,8 +213,9 @@ def make_plan(
     blueprint = skeletons.blueprint
     key = tuple(sorted(choice.settings.items()))
     on_cpu = target.chip.topology is None and target.name == "cpu"
-    share, context = choice.pictures // choice.parts, choice.size("context")
-    job, programs = _programs(skeletons, key, share, on_cpu, choice.train, context)
+    share = choice.pictures // choice.parts
+    context, tensor = choice.size("context"), choice.size("tensor")
+    job, programs = _programs(skeletons, key, share, on_cpu, choice.train, context, tensor)
     mesh = _abstract_mesh(choice.mesh)
     check_picture(mesh, job.recipe.shape[0], job.recipe.guider.roles)
     for name, component in blueprint.components.items():

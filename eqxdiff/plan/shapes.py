@@ -99,12 +99,16 @@ class Program:
 
 
 def make_programs(
-    skeletons: Skeletons, job: Job, batch_size: int = 1
+    skeletons: Skeletons, job: Job, batch_size: int = 1, *, ahead: bool = True
 ) -> tuple[list[Program], PyTree]:
     """Returns the programs that make a batch of pictures like that of a job, and the structure of
     what the text encoders say.
 
     Nothing is computed: all arrays are shapes.
+
+    **Arguments:**
+
+    - `ahead`: whether the step is that of the sampler, which gets what `begin` computed ahead.
     """
     blueprint, own = skeletons.blueprint, Programs()
     text, denoiser, vae = (skeletons.stage(stage) for stage in ("text", "denoiser", "vae"))
@@ -148,7 +152,7 @@ def make_programs(
         return image
 
     x, state, conditions = begun = jax.eval_shape(begin, denoiser, batch)
-    later = loop.after(conditions)
+    later = loop.after(conditions) if ahead else loop
     stepped = later.batch, jax.ShapeDtypeStruct((), jnp.int32), x, state
     first = next(iter(tokens))
     steps = job.recipe.schedule.steps

@@ -24,7 +24,7 @@ RANK = 16
 
 def training_program(skeletons: Skeletons, job: Job, batch_size: int) -> Program:
     """Returns the program of one step on so many pictures like that of a job."""
-    programs, _ = make_programs(skeletons, job, batch_size)
+    programs, _ = make_programs(skeletons, job, batch_size, ahead=False)
     step = next(one for one in programs if one.name == "step")
     batch, _, x, _ = step.inputs
     blueprint, optimizer = skeletons.blueprint, optax.adamw(1e-4)

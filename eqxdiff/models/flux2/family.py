@@ -8,7 +8,7 @@ from typing import Any
 from ...sampling import parse_flow_config
 from ...text import Qwen3Config, Qwen3Encoder, forms as text_forms, rules as text_rules
 from ...vae import forms as vae_forms, rules as vae_rules
-from .._example import read_example
+from .._example import read_example, read_published
 from .._family import Component, Family, Preset
 from .._index import read_index
 from . import forms, rules
@@ -88,6 +88,7 @@ FLUX2 = Family(
     parse_scheduler=partial(parse_flow_config, name="scheduler/scheduler_config.json"),
     bind=bind,
     example=partial(read_example, files("eqxdiff.models.flux2") / "example.json"),
+    published=partial(read_published, files("eqxdiff.models.flux2")),
     files=FILES,
     lora=LORA,
     references=references,
