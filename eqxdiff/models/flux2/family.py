@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 from ...sampling import parse_flow_config
-from ...text import Qwen3Config, Qwen3Encoder, forms as text_forms, rules as text_rules
+from ...text import Qwen3Encoder, forms as text_forms, rules as text_rules
 from ...vae import forms as vae_forms, rules as vae_rules
 from .._example import read_example, read_published
 from .._family import Component, Family, Preset
@@ -16,7 +16,7 @@ from .autoencoder import AutoencoderKLFlux2
 from .config import AutoencoderKLFlux2Config, Flux2TransformerConfig
 from .files import FILES
 from .lora import LORA
-from .model import TAPS, bind, references
+from .model import bind, parse_encoder, references
 from .network import Flux2Transformer
 from .settings import Flux2Settings
 
@@ -62,7 +62,7 @@ FLUX2 = Family(
     presets=PRESETS,
     components={
         "text_encoder": Component(
-            partial(Qwen3Config.parse, taps=TAPS),
+            parse_encoder,
             Qwen3Encoder.init,
             text_forms.QWEN3,
             text_rules.QWEN3,

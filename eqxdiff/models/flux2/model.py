@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ..._errors import ConfigError, SettingError
 from ...sampling import Flow, FlowSchedulerConfig, Network, Unguided, find_sampler, flow_sigmas
-from ...text import QWEN3_DIRECT, Tokenizer
+from ...text import QWEN3_DIRECT, Qwen3Config, Tokenizer
 from .._family import Configs
 from .._model import PROMPT, AbstractModel, Inputs, Modules, Recipe, Text
 from .._recipe import guider_of, spread
@@ -131,6 +131,11 @@ class Flux2Model(AbstractModel):
 
 def _guides(settings: Flux2Settings) -> bool:
     return settings.guidance is not None and settings.guidance > 1
+
+
+def parse_encoder(fields: Mapping[str, Any]) -> Qwen3Config:
+    """Reads `text_encoder/config.json`. **Raises:** `ConfigError`."""
+    return Qwen3Config.parse(fields, taps=TAPS)
 
 
 def bind(name: str, defaults: Flux2Settings, configs: Configs) -> Flux2Model:
