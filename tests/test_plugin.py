@@ -419,6 +419,8 @@ ALLOWED = {
     ("eqxdiff/text/", "text_encoder_2"): "likewise",
     ("eqxdiff/text/", "transformer"): "a tensor of OpenCLIP",
     ("eqxdiff/pipeline/", "vae"): "the name of a stage, whatever the component in it is called",
+    ("eqxdiff/plan/", "vae"): "the name of a stage, and of the setting that all tiled models have",
+    ("cli/plan.py", "vae"): "the option of that setting",
     ("eqxdiff/training/", "vae"): "training makes this autoencoder, by the name that all give it",
     ("eqxdiff/models/_lora.py", "unet"): "a prefix that trainers give the denoiser of any family",
     ("eqxdiff/models/_lora.py", "transformer"): "a prefix that trainers give CLIP in any family",
