@@ -70,9 +70,10 @@ __getattr__ = lazy(__name__, _HOMES)
 
 __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
     {
-        *("CheckpointError", "ConfigError", "EqxdiffError"),
+        *("CheckpointError", "ConfigError", "EqxdiffError", "HostsError"),
         *("PromptError", "SettingError", "SourceError"),
-        *("lora", *(name for names in _HOMES.values() for name in names)),
+        *(home for home, names in _HOMES.items() if not names),
+        *(name for names in _HOMES.values() for name in names),
     }
 )
 

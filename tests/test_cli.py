@@ -215,9 +215,10 @@ def test_the_attention_that_is_asked_for_runs_and_is_told(generate):
     small = generate(*argv, "--attention-blocks", "64,96", "-o", "small.png")
     mesh = generate(*argv, "-o", "mesh.png", "--mesh", "tensor=4")
     assert set(plain.json["attention"].values()) == {"xla"}
-    for run in (small, mesh):
-        assert run.json["attention"] == dict.fromkeys(plain.json["attention"], "chunked")
-        assert abs(pixels(plain.files[0]) - pixels(run.files[0])).max() <= 1
+    assert small.json["attention"] == dict.fromkeys(plain.json["attention"], "chunked")
+    assert set(mesh.json["attention"].values()) == {"chunked"}  # of shapes of one device
+    for name in ("small.png", "mesh.png"):
+        assert abs(pixels("plain.png") - pixels(name)).max() <= 1
 
 
 def test_dtypes_are_as_asked(generate):
